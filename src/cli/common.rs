@@ -1,0 +1,262 @@
+//! The flags that every command with a model has, and how such a command runs.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::{Args, ValueEnum};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::progress::{Display, ProgressMode};
+use super::values::count;
+use crate::data::format::InputFormat;
+use crate::data::sink::OnExisting;
+use crate::error::{Error, Result, SIGINT, SIGTERM};
+use crate::job::{self, CommandSpec, DEFAULT_MAX_BATCH_TOKENS, JobSpec, RunControl, RunReport};
+use crate::text::Overflow;
+
+/// Tokens that neighbouring chunks of a text share.
+const DEFAULT_STRIDE: usize = 64;
+
+#[derive(Debug, Args)]
+pub struct CommonArgs {
+    /// Dataset to read: a file, a glob, or a folder (with key=value subfolders as columns); repeatable
+    #[arg(short, long, value_name = "PATH|GLOB|DIR", required = true, help_heading = "Data")]
+    input: Vec<String>,
+
+    /// Where to write: a folder of Parquet parts, or one file ending in .parquet, .arrow, .jsonl or .csv
+    #[arg(short, long, value_name = "PATH", help_heading = "Data")]
+    output: PathBuf,
+
+    /// Read files as this format [default: by extension]
+    #[arg(long, value_name = "FORMAT", help_heading = "Data")]
+    input_format: Option<InputFormat>,
+
+    /// Column that holds the text
+    #[arg(long, value_name = "COLUMN", default_value = "text", help_heading = "Data")]
+    text_column: String,
+
+    /// Keep only these input columns [default: all]
+    #[arg(long, value_name = "A,B", value_delimiter = ',', help_heading = "Data")]
+    keep: Option<Vec<String>>,
+
+    /// Put this before the names of result columns
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true, help_heading = "Data")]
+    prefix: String,
+
+    /// Only rows that meet this SQL condition, such as "lang = 'en' AND length(text) > 20"
+    #[arg(long = "where", value_name = "SQL", help_heading = "Data")]
+    filter: Option<String>,
+
+    /// Only the first N rows, counted after --where
+    #[arg(short = 'L', long, value_name = "N", value_parser = count, help_heading = "Data")]
+    limit: Option<u64>,
+
+    /// Column that says what the result should be; the summary tells how well they agree
+    #[arg(long, value_name = "COLUMN", help_heading = "Data")]
+    truth_column: Option<String>,
+
+    /// Checkpoint folder, or a hub id (org/name[@revision]) in the local Hugging Face cache
+    #[arg(long, visible_alias = "model-id", value_name = "DIR|ID", help_heading = "Model")]
+    model: String,
+
+    /// Tokens of a text, special tokens included [default: the checkpoint's limit]
+    #[arg(long, value_name = "TOKENS", value_parser = count, help_heading = "Model")]
+    max_length: Option<u64>,
+
+    /// What happens to a longer text
+    #[arg(long, value_enum, value_name = "HOW", default_value = "truncate-right", help_heading = "Model")]
+    overflow: OverflowArg,
+
+    /// Tokens that neighbouring chunks share under --overflow chunk
+    #[arg(long, value_name = "TOKENS", default_value_t = DEFAULT_STRIDE, help_heading = "Model")]
+    stride: usize,
+
+    /// Precision of the computation; checkpoints stored in half precision are computed in f32
+    #[arg(long, value_enum, value_name = "DTYPE", default_value = "auto", help_heading = "Model")]
+    dtype: DtypeArg,
+
+    /// Where to compute
+    #[arg(long, value_name = "auto|cpu", default_value = "auto", help_heading = "Model")]
+    device: String,
+
+    /// Tokens of a batch, padding included; accepts 16k
+    #[arg(long, visible_alias = "max-num-batched-tokens", value_name = "TOKENS", value_parser = count,
+        default_value_t = DEFAULT_MAX_BATCH_TOKENS as u64, help_heading = "Running")]
+    max_batch_tokens: u64,
+
+    /// Rows of a unit, which is committed as a whole [default: 4096, more for very large inputs]
+    #[arg(long, value_name = "ROWS", value_parser = count, help_heading = "Running")]
+    unit_rows: Option<u64>,
+
+    /// Threads to compute with [default: all cores]
+    #[arg(long, value_name = "N", value_parser = count, help_heading = "Running")]
+    threads: Option<u64>,
+
+    /// Go on with an unfinished output of the same job
+    #[arg(long, conflicts_with = "overwrite", help_heading = "Running")]
+    resume: bool,
+
+    /// Redo an output that an earlier run of this program wrote; other files are never deleted
+    #[arg(long, help_heading = "Running")]
+    overwrite: bool,
+
+    /// Record failed rows in the error column, or stop at the first
+    #[arg(long, value_enum, value_name = "WHAT", default_value = "record", help_heading = "Running")]
+    on_error: OnErrorArg,
+
+    /// Stop when more than N rows failed
+    #[arg(long, value_name = "N", help_heading = "Running")]
+    max_errors: Option<u64>,
+
+    /// Write the summary to this file as JSON, also when the run fails
+    #[arg(long, value_name = "FILE", help_heading = "Messages")]
+    report: Option<PathBuf>,
+
+    /// How to show progress on standard error
+    #[arg(long, value_enum, value_name = "HOW", default_value = "auto", help_heading = "Messages")]
+    progress: ProgressMode,
+
+    /// Show errors only
+    #[arg(short, long, conflicts_with = "verbose", help_heading = "Messages")]
+    quiet: bool,
+
+    /// Also say what was planned
+    #[arg(short, long, help_heading = "Messages")]
+    verbose: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum OverflowArg {
+    /// Keep the end of the text
+    TruncateLeft,
+    /// Keep the beginning of the text
+    TruncateRight,
+    /// Cut it into overlapping chunks and average their scores
+    Chunk,
+    /// Fail the row
+    Error,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum DtypeArg {
+    /// What the device computes best: f32 on the CPU
+    Auto,
+    F32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+enum OnErrorArg {
+    /// Record why in the error column and go on
+    Record,
+    /// Stop the run
+    Fail,
+}
+
+impl CommonArgs {
+    /// Runs a job with these flags, showing its progress and handling signals.
+    pub fn run(self, command: CommandSpec) -> Result<()> {
+        check_device(&self.device)?;
+        // Every precision offered is f32 on the CPU; the match makes a new one come by here.
+        match self.dtype {
+            DtypeArg::Auto | DtypeArg::F32 => {}
+        }
+        if let Some(threads) = self.threads {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(threads as usize)
+                .build_global()
+                .map_err(|error| Error::Usage(format!("--threads {threads}: {error}")))?;
+        }
+        let report_path = self.report.clone();
+        let (progress, quiet, verbose) = (self.progress, self.quiet, self.verbose);
+        let spec = self.into_spec(command);
+        let control = Arc::new(RunControl::default());
+        let display = Display::start(progress, quiet, verbose, control.clone());
+
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1) // the pipeline's stages are blocking threads; this one only waits for them and for signals
+            .enable_all()
+            .build()
+            .map_err(|error| Error::Internal(format!("cannot start the runtime: {error}")))?;
+        let result = runtime.block_on(async {
+            tokio::spawn(stop_on_signals(control.clone()));
+            job::run(spec.clone(), control).await
+        });
+        let report = match &result {
+            Ok(report) => report.clone(),
+            Err(error) => RunReport::failed(&spec, error),
+        };
+        display.finish(&report);
+        if let Some(path) = report_path {
+            write_report(&path, &report)?;
+        }
+        result.map(|_| ())
+    }
+
+    fn into_spec(self, command: CommandSpec) -> JobSpec {
+        JobSpec {
+            command,
+            model: self.model,
+            inputs: self.input,
+            input_format: self.input_format,
+            output: self.output,
+            on_existing: match (self.resume, self.overwrite) {
+                (true, _) => OnExisting::Resume,
+                (_, true) => OnExisting::Overwrite,
+                _ => OnExisting::Refuse,
+            },
+            text_column: self.text_column,
+            keep: self.keep.map(|keep| keep.into_iter().filter(|name| !name.is_empty()).collect()),
+            prefix: self.prefix,
+            filter: self.filter,
+            limit: self.limit,
+            truth_column: self.truth_column,
+            max_length: self.max_length.map(|tokens| tokens as usize),
+            overflow: match self.overflow {
+                OverflowArg::TruncateLeft => Overflow::TruncateLeft,
+                OverflowArg::TruncateRight => Overflow::TruncateRight,
+                OverflowArg::Chunk => Overflow::Chunk,
+                OverflowArg::Error => Overflow::Error,
+            },
+            stride: self.stride,
+            max_batch_tokens: self.max_batch_tokens as usize,
+            unit_rows: self.unit_rows,
+            max_errors: if self.on_error == OnErrorArg::Fail { Some(0) } else { self.max_errors },
+        }
+    }
+}
+
+fn check_device(device: &str) -> Result<()> {
+    match device {
+        "auto" | "cpu" => Ok(()),
+        cuda if cuda.starts_with("cuda") => Err(Error::Device {
+            device: cuda.to_owned(),
+            message: "this build computes on the CPU only; use --device cpu".into(),
+        }),
+        other => Err(Error::Usage(format!("--device {other}: expected auto or cpu"))),
+    }
+}
+
+/// The first SIGINT or SIGTERM lets the run stop cleanly; a second one ends the process at once.
+async fn stop_on_signals(control: Arc<RunControl>) {
+    let (Ok(mut interrupts), Ok(mut terminations)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return;
+    };
+    let mut stopping = false;
+    loop {
+        let received = tokio::select! {
+            _ = interrupts.recv() => SIGINT,
+            _ = terminations.recv() => SIGTERM,
+        };
+        if stopping {
+            std::process::exit(128 + received);
+        }
+        stopping = true;
+        control.stop(received);
+    }
+}
+
+fn write_report(path: &PathBuf, report: &RunReport) -> Result<()> {
+    let json = serde_json::to_string_pretty(report).map_err(|error| Error::Internal(error.to_string()))?;
+    std::fs::write(path, json + "\n").map_err(Error::io("write", path))
+}

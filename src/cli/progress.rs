@@ -1,0 +1,183 @@
+//! What a run shows on standard error while it works, and at its end.
+
+use std::io::{IsTerminal, stderr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
+
+use crate::batch::Padding;
+use crate::job::{Counters, RunControl, RunReport};
+
+/// How progress is shown.
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+pub enum ProgressMode {
+    /// A bar on a terminal, plain lines elsewhere
+    Auto,
+    /// A bar
+    Bar,
+    /// A line from time to time
+    Plain,
+    /// A JSON object a line
+    Json,
+    /// Nothing but the summary
+    None,
+}
+
+const BAR_INTERVAL: Duration = Duration::from_millis(200);
+const JSON_INTERVAL: Duration = Duration::from_secs(1);
+const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
+/// How soon the display notices that the run has ended.
+const POLL: Duration = Duration::from_millis(50);
+
+/// The thread that shows a run's progress.
+pub struct Display {
+    mode: ProgressMode,
+    quiet: bool,
+    bar: ProgressBar,
+    done: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The counters at one moment.
+struct Snapshot {
+    rows: u64,
+    total: u64,
+    failed: u64,
+    tokens: u64,
+    tokens_per_second: f64,
+    padding_percent: f64,
+    eta: Option<Duration>,
+}
+
+impl Display {
+    /// Begins to show the progress of the run behind `control`.
+    pub fn start(mode: ProgressMode, quiet: bool, verbose: bool, control: Arc<RunControl>) -> Self {
+        let mode = match mode {
+            _ if quiet => ProgressMode::None,
+            ProgressMode::Auto if stderr().is_terminal() => ProgressMode::Bar,
+            ProgressMode::Auto => ProgressMode::Plain,
+            mode => mode,
+        };
+        let bar = match mode {
+            ProgressMode::Bar => ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr()),
+            _ => ProgressBar::hidden(),
+        };
+        if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} rows  {msg}") {
+            bar.set_style(style);
+        }
+        let done = Arc::new(AtomicBool::new(false));
+        let thread = {
+            let (bar, done) = (bar.clone(), done.clone());
+            std::thread::spawn(move || watch(mode, verbose, &bar, &control, &done))
+        };
+        Self { mode, quiet, bar, done, thread: Some(thread) }
+    }
+
+    /// Ends the display with the run's summary; errors are told elsewhere.
+    pub fn finish(mut self, report: &RunReport) {
+        self.done.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // A display that panicked has nothing more to show, and the run's result stands.
+            let _ = thread.join();
+        }
+        self.bar.finish_and_clear();
+        if self.quiet {
+            return;
+        }
+        if self.mode == ProgressMode::Json {
+            eprintln!("{}", json!({"event": "end", "report": report}));
+        } else if let Some(details) = &report.details {
+            for line in details.lines() {
+                eprintln!("{line}");
+            }
+            eprintln!("written to {}", report.output);
+        } else if report.status == "nothing_to_do" {
+            eprintln!("{} is finished already: nothing to do", report.output);
+        }
+    }
+}
+
+fn watch(mode: ProgressMode, verbose: bool, bar: &ProgressBar, control: &RunControl, done: &AtomicBool) {
+    let interval = match mode {
+        ProgressMode::Bar => BAR_INTERVAL,
+        ProgressMode::Json => JSON_INTERVAL,
+        _ => PLAIN_INTERVAL,
+    };
+    let mut started: Option<Instant> = None;
+    let mut last = Instant::now();
+    loop {
+        let ending = done.load(Ordering::Relaxed);
+        if verbose {
+            for notice in control.take_notices() {
+                bar.suspend(|| eprintln!("{notice}"));
+            }
+        }
+        if ending {
+            return;
+        }
+        let rows_done = Counters::get(&control.counters.rows_done);
+        // Rates count from the first result, so that loading a model does not look like slowness.
+        let started = *started.get_or_insert_with(Instant::now);
+        if last.elapsed() >= interval && Counters::get(&control.counters.rows_total) > 0 {
+            last = Instant::now();
+            show(mode, bar, &Snapshot::take(control, rows_done, started.elapsed()));
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+impl Snapshot {
+    fn take(control: &RunControl, rows_done: u64, elapsed: Duration) -> Self {
+        let counters = &control.counters;
+        let resumed = Counters::get(&counters.rows_resumed);
+        let total = Counters::get(&counters.rows_total).saturating_sub(Counters::get(&counters.rows_filtered));
+        let real_tokens = Counters::get(&counters.real_tokens);
+        let padding = Padding { real_tokens, padded_tokens: Counters::get(&counters.padded_tokens).max(real_tokens) };
+        let left = total.saturating_sub(rows_done);
+        Self {
+            rows: resumed + rows_done,
+            total: resumed + total,
+            failed: Counters::get(&counters.rows_failed),
+            tokens: real_tokens,
+            tokens_per_second: real_tokens as f64 / elapsed.as_secs_f64().max(1e-3),
+            padding_percent: padding.waste_percent(),
+            eta: (rows_done > 0).then(|| elapsed.mul_f64(left as f64 / rows_done as f64)),
+        }
+    }
+
+    fn message(&self) -> String {
+        let eta = self.eta.map_or("unknown".to_owned(), |eta| HumanDuration(eta).to_string());
+        let failed = if self.failed > 0 { format!(", {} failed", self.failed) } else { String::new() };
+        format!("{:.0} tokens/s, {:.1}% padding, {eta} left{failed}", self.tokens_per_second, self.padding_percent)
+    }
+}
+
+fn show(mode: ProgressMode, bar: &ProgressBar, now: &Snapshot) {
+    match mode {
+        ProgressMode::Bar => {
+            bar.set_length(now.total);
+            bar.set_position(now.rows);
+            bar.set_message(now.message());
+        }
+        ProgressMode::Plain => eprintln!("{}/{} rows, {}", now.rows, now.total, now.message()),
+        ProgressMode::Json => eprintln!(
+            "{}",
+            json!({
+                "event": "progress",
+                "rows": now.rows,
+                "rows_total": now.total,
+                "rows_failed": now.failed,
+                "tokens": now.tokens,
+                "tokens_per_second": now.tokens_per_second,
+                "padding_percent": now.padding_percent,
+                "eta_seconds": now.eta.map(|eta| eta.as_secs_f64()),
+            })
+        ),
+        ProgressMode::Auto | ProgressMode::None => {}
+    }
+}

@@ -1,0 +1,173 @@
+//! Texts in, result columns out, on one device.
+//!
+//! [`Engine::prepare`] tokenizes on all cores; [`Engine::infer`] packs, computes and scatters results back to their
+//! rows. They are apart so that the next window is tokenized while this one is computed.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arrow::array::{ArrayRef, BooleanArray, StringArray, UInt32Array};
+use arrow::datatypes::{DataType, Field};
+
+use crate::batch::{Packer, Padding, Sequence};
+use crate::error::Result;
+use crate::heads::{Head, HeadOutput};
+use crate::model::MistralModel;
+use crate::text::TextTokenizer;
+
+/// The columns that every command that runs a model appends after its head's.
+pub fn common_fields() -> Vec<Field> {
+    vec![
+        Field::new("num_tokens", DataType::UInt32, true),
+        Field::new("truncated", DataType::Boolean, false),
+        Field::new("error", DataType::Utf8, true),
+    ]
+}
+
+/// A model with its head, its tokenizer and its batching.
+pub struct Engine {
+    model: MistralModel,
+    head: Box<dyn Head>,
+    tokenizer: TextTokenizer,
+    packer: Packer,
+}
+
+/// Tokenized rows, ready for the device.
+pub struct PreparedRows {
+    rows: Vec<Row>,
+    sequences: Vec<Sequence>,
+}
+
+/// What is known of a row beside its results.
+#[derive(Debug, Clone, Default)]
+struct Row {
+    is_null: bool,
+    num_tokens: Option<u32>,
+    truncated: bool,
+    error: Option<String>,
+    /// The sequences of this row's text: one, several with chunks, none without a result.
+    sequences: Range<usize>,
+}
+
+/// The result columns of some rows, and what they took.
+pub struct Inferred {
+    /// The head's columns, then [`common_fields`], one entry a row.
+    pub columns: Vec<ArrayRef>,
+    pub stats: InferStats,
+    /// The first row that failed, and why.
+    pub first_error: Option<(usize, String)>,
+}
+
+/// What a window of rows took.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct InferStats {
+    pub null_rows: u64,
+    pub failed_rows: u64,
+    pub truncated_rows: u64,
+    pub batches: u64,
+    pub padding: Padding,
+    /// Time in model and head.
+    pub busy: Duration,
+}
+
+/// Told after each batch; lets a caller show progress and stop early.
+pub trait BatchObserver {
+    /// A batch that completed `rows` rows was computed; false stops the window.
+    fn after_batch(&self, rows: u64, padding: Padding) -> bool;
+}
+
+impl Engine {
+    /// An engine that packs batches of at most `max_batch_tokens` padded tokens.
+    pub fn new(model: MistralModel, head: Box<dyn Head>, tokenizer: TextTokenizer, max_batch_tokens: usize) -> Self {
+        let pad_token_id = model.config().pad_token_id.unwrap_or(0);
+        Self { model, head, tokenizer, packer: Packer::new(max_batch_tokens, pad_token_id) }
+    }
+
+    /// All columns that [`Engine::infer`] returns.
+    pub fn fields(&self) -> Vec<Field> {
+        self.head.fields().into_iter().chain(common_fields()).collect()
+    }
+
+    /// Tokenizes `texts` on all cores.
+    pub fn prepare(&self, texts: &[Option<&str>]) -> PreparedRows {
+        let mut sequences = Vec::with_capacity(texts.len());
+        let rows = self.tokenizer.tokenize(texts).into_iter().map(|tokenized| match tokenized {
+            None => Row { is_null: true, ..Row::default() },
+            Some(Err(error)) => Row { error: Some(error), ..Row::default() },
+            Some(Ok(tokenized)) => {
+                let first = sequences.len();
+                let num_tokens = Some(tokenized.num_tokens() as u32);
+                sequences.extend((first..).zip(tokenized.chunks).map(|(row, input_ids)| Sequence { row, input_ids }));
+                Row { num_tokens, truncated: tokenized.truncated, sequences: first..sequences.len(), ..Row::default() }
+            }
+        });
+        PreparedRows { rows: rows.collect(), sequences }
+    }
+
+    /// Computes prepared rows; `None` when `observer` asked to stop.
+    ///
+    /// A row whose results are not finite fails; the others go on.
+    ///
+    /// # Errors
+    /// When a tensor operation fails or a column cannot be built.
+    pub fn infer(&self, prepared: PreparedRows, observer: &dyn BatchObserver) -> Result<Option<Inferred>> {
+        let PreparedRows { mut rows, sequences } = prepared;
+        let mut stats = InferStats::default();
+        let mut outputs: Vec<Option<HeadOutput>> = vec![None; sequences.len()];
+
+        let without_work = rows.iter().filter(|row| row.sequences.is_empty()).count();
+        if !observer.after_batch(without_work as u64, Padding::default()) {
+            return Ok(None);
+        }
+        // The row that a sequence completes when it is the last of its text; chunks may be computed in any order.
+        let mut missing: Vec<usize> = rows.iter().map(|row| row.sequences.len()).collect();
+        let mut owners = vec![0; sequences.len()];
+        for (index, row) in rows.iter().enumerate() {
+            owners[row.sequences.clone()].fill(index);
+        }
+        for batch in self.packer.pack(sequences) {
+            let started = Instant::now();
+            let batch_outputs = self.head.forward(&self.model, &batch.unpad())?;
+            stats.busy += started.elapsed();
+            let mut completed = 0;
+            for (&sequence, output) in batch.rows().iter().zip(batch_outputs) {
+                outputs[sequence] = Some(output);
+                missing[owners[sequence]] -= 1;
+                completed += u64::from(missing[owners[sequence]] == 0);
+            }
+            let padding =
+                Padding { real_tokens: batch.real_tokens() as u64, padded_tokens: batch.padded_tokens() as u64 };
+            stats.batches += 1;
+            stats.padding += padding;
+            if !observer.after_batch(completed, padding) {
+                return Ok(None);
+            }
+        }
+
+        let mut results: Vec<Option<HeadOutput>> = Vec::with_capacity(rows.len());
+        let mut first_error = None;
+        for (index, row) in rows.iter_mut().enumerate() {
+            let chunks: Vec<HeadOutput> = outputs[row.sequences.clone()].iter_mut().filter_map(Option::take).collect();
+            let output = (!chunks.is_empty()).then(|| self.head.merge(chunks));
+            if output.as_ref().is_some_and(|output| !output.is_finite()) {
+                row.error = Some("the model gave NaN or infinity for this text".into());
+            }
+            stats.null_rows += u64::from(row.is_null);
+            stats.truncated_rows += u64::from(row.truncated);
+            stats.failed_rows += u64::from(row.error.is_some());
+            if first_error.is_none()
+                && let Some(error) = &row.error
+            {
+                first_error = Some((index, error.clone()));
+            }
+            results.push(output.filter(|_| row.error.is_none()));
+        }
+
+        let mut columns = self.head.columns(&results)?;
+        columns.push(Arc::new(rows.iter().map(|row| row.num_tokens).collect::<UInt32Array>()));
+        columns.push(Arc::new(rows.iter().map(|row| Some(row.truncated)).collect::<BooleanArray>()));
+        columns.push(Arc::new(rows.iter().map(|row| row.error.as_deref()).collect::<StringArray>()));
+        Ok(Some(Inferred { columns, stats, first_error }))
+    }
+}

@@ -1,0 +1,44 @@
+//! What is read off the hidden states: one file a head.
+
+mod sequence_classification;
+
+use arrow::array::ArrayRef;
+use arrow::datatypes::Field;
+
+use crate::batch::PackedBatch;
+use crate::error::Result;
+use crate::model::MistralModel;
+
+pub use sequence_classification::{ClassifyOptions, FunctionToApply, SequenceClassification, TaskKind, TopK};
+
+/// A head turns a batch into one output per sequence, and outputs into result columns.
+pub trait Head: Send + Sync {
+    /// The result columns that this head appends, in order.
+    fn fields(&self) -> Vec<Field>;
+
+    /// Runs model and head: one output per sequence of the batch, in its order.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn forward(&self, model: &MistralModel, batch: &PackedBatch) -> Result<Vec<HeadOutput>>;
+
+    /// Joins the outputs of one text's chunks, given in text order; there is at least one.
+    fn merge(&self, chunks: Vec<HeadOutput>) -> HeadOutput;
+
+    /// Makes the result columns from one output per row; a row without one is null.
+    ///
+    /// # Errors
+    /// When a column cannot be built.
+    fn columns(&self, rows: &[Option<HeadOutput>]) -> Result<Vec<ArrayRef>>;
+}
+
+/// The numbers that a head computes for one sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HeadOutput(pub Vec<f32>);
+
+impl HeadOutput {
+    /// Whether every number is one.
+    pub fn is_finite(&self) -> bool {
+        self.0.iter().all(|value| value.is_finite())
+    }
+}

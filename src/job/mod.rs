@@ -1,0 +1,14 @@
+//! A job: what to run over which data, planned, run, and reported.
+
+mod control;
+mod pipeline;
+mod plan;
+mod report;
+mod runner;
+mod spec;
+mod truth;
+
+pub use control::{Counters, RunControl};
+pub use report::{RunDetails, RunReport, UnitCounts};
+pub use runner::run;
+pub use spec::{CommandSpec, DEFAULT_MAX_BATCH_TOKENS, JobSpec};

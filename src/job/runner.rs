@@ -1,0 +1,148 @@
+//! Runs a job from its specification to its committed output.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::Device;
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use super::control::{Counters, RunControl};
+use super::pipeline::{self, PipelineTotals};
+use super::plan::JobPlan;
+use super::report::{RunDetails, RunReport, UnitCounts};
+use super::spec::{CommandSpec, JobSpec};
+use crate::data::output::OutputTarget;
+use crate::data::single_file::check_format_supports;
+use crate::data::sink::{Opened, Sink};
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::heads::SequenceClassification;
+use crate::model::{Checkpoint, MistralModel};
+use crate::text::TextTokenizer;
+
+/// Runs `spec` to its end, watched and stopped through `control`.
+///
+/// # Errors
+/// Whatever stopped the job; what was committed until then stays, and the same job resumes from there.
+pub async fn run(spec: JobSpec, control: Arc<RunControl>) -> Result<RunReport> {
+    let started = Instant::now();
+    let spec = Arc::new(spec);
+    let opened = {
+        let spec = spec.clone();
+        join(spawn_blocking(move || OpenJob::open(&spec))).await?
+    };
+    let Some(OpenJob { checkpoint, tokenizer, plan, sink }) = opened else {
+        return Ok(RunReport::new(&spec, "nothing_to_do", None));
+    };
+    control.check()?;
+
+    let mut total = UnitCounts::default();
+    let mut pending = Vec::new();
+    for unit in &plan.units {
+        match sink.finished_units().get(&unit.index) {
+            Some(footer) => total += UnitCounts::from_footer(footer)?,
+            None => pending.push(unit.clone()),
+        }
+    }
+    let units_resumed = (plan.units.len() - pending.len()) as u64;
+    Counters::add(&control.counters.rows_resumed, total.rows);
+    Counters::add(&control.counters.rows_total, pending.iter().map(|unit| unit.rows.end - unit.rows.start).sum());
+
+    let (sink, this_run) = if pending.is_empty() {
+        (sink, PipelineTotals::default())
+    } else {
+        let engine = {
+            let spec = spec.clone();
+            join(spawn_blocking(move || load_engine(&spec, &checkpoint, tokenizer))).await?
+        };
+        control.check()?;
+        pipeline::run(&spec, &plan, engine, sink, pending, total.failed_rows, &control).await?
+    };
+    total += this_run.counts;
+
+    let mut details = details(&plan, &total, &this_run, units_resumed);
+    if let (Some(truth), Some(column)) = (plan.truth, &spec.truth_column) {
+        let (line, value) = truth.describe(column, &total.agreement);
+        (details.truth_line, details.truth) = (Some(line), Some(value));
+    }
+    let summary = serde_json::to_value(&details).map_err(|error| Error::Internal(error.to_string()))?;
+    join(spawn_blocking(move || sink.complete(summary))).await?;
+    details.seconds = started.elapsed().as_secs_f64();
+    Ok(RunReport::new(&spec, "done", Some(details)))
+}
+
+/// A job that is checked, planned, and holds its output.
+struct OpenJob {
+    checkpoint: Checkpoint,
+    tokenizer: TextTokenizer,
+    plan: Arc<JobPlan>,
+    sink: Sink,
+}
+
+impl OpenJob {
+    /// Everything that can fail before a weight is read does so here; `None` when the output is finished already.
+    fn open(spec: &JobSpec) -> Result<Option<Self>> {
+        let checkpoint = Checkpoint::open(&spec.model)?;
+        let tokenizer = TextTokenizer::open(&checkpoint.dir, checkpoint.config.vocab_size)?;
+        let max_length = max_length(spec, &checkpoint, &tokenizer)?;
+        let tokenizer = tokenizer.with_limit(max_length, spec.overflow, spec.stride)?;
+        let plan = JobPlan::new(spec, &checkpoint, &tokenizer, max_length)?;
+        let target = OutputTarget::new(&spec.output);
+        if let Some(format) = target.format() {
+            check_format_supports(&plan.output_schema, format)?;
+        }
+        match Sink::open(&target, plan.file.clone(), plan.output_schema.clone(), spec.on_existing)? {
+            Opened::NothingToDo(_) => Ok(None),
+            Opened::Work(sink) => Ok(Some(Self { checkpoint, tokenizer, plan: Arc::new(plan), sink })),
+        }
+    }
+}
+
+/// The limit of a text in tokens: what was asked for, else the smaller of the tokenizer's and the model's.
+fn max_length(spec: &JobSpec, checkpoint: &Checkpoint, tokenizer: &TextTokenizer) -> Result<usize> {
+    let positions = checkpoint.config.max_position_embeddings;
+    match spec.max_length {
+        Some(wanted) if wanted > positions => Err(Error::Usage(format!(
+            "--max-length {wanted} is more than the {positions} positions that the checkpoint was made for"
+        ))),
+        Some(wanted) => Ok(wanted),
+        None => Ok(tokenizer.model_max_length().unwrap_or(usize::MAX).min(positions)),
+    }
+}
+
+fn load_engine(spec: &JobSpec, checkpoint: &Checkpoint, tokenizer: TextTokenizer) -> Result<Engine> {
+    let device = Device::Cpu;
+    let model = MistralModel::load(checkpoint, &device)?;
+    let CommandSpec::Classify(options) = &spec.command;
+    let head = SequenceClassification::load(checkpoint, options.clone(), &device)?;
+    Ok(Engine::new(model, Box::new(head), tokenizer, spec.max_batch_tokens))
+}
+
+fn details(plan: &JobPlan, total: &UnitCounts, this_run: &PipelineTotals, units_resumed: u64) -> RunDetails {
+    let seconds = this_run.elapsed.as_secs_f64();
+    let share = |amount: f64| if seconds > 0.0 { amount / seconds } else { 0.0 };
+    RunDetails {
+        fingerprint: plan.file.fingerprint.clone(),
+        rows_in: total.rows,
+        rows_out: total.rows,
+        rows_null: total.null_rows,
+        rows_failed: total.failed_rows,
+        rows_truncated: total.truncated_rows,
+        units: plan.units.len() as u64,
+        units_resumed,
+        batches: total.batches,
+        tokens: total.real_tokens,
+        padding_percent: total.padding().waste_percent(),
+        seconds,
+        pipeline_seconds: seconds,
+        tokens_per_second: share(this_run.counts.real_tokens as f64),
+        model_busy_percent: 100.0 * share(this_run.busy.as_secs_f64()),
+        truth: None,
+        truth_line: None,
+    }
+}
+
+/// Waits for blocking work; a panic in it becomes an error of this run.
+pub(super) async fn join<T>(work: JoinHandle<Result<T>>) -> Result<T> {
+    work.await.unwrap_or_else(|error| Err(Error::Internal(format!("a worker thread failed: {error}"))))
+}

@@ -1,0 +1,62 @@
+//! What a job is asked to do: the typed form of the flags.
+
+use std::path::PathBuf;
+
+use crate::data::InputFormat;
+use crate::data::sink::OnExisting;
+use crate::heads::ClassifyOptions;
+use crate::text::Overflow;
+
+/// Padded tokens of a batch on the CPU: enough rows for fast products, little enough memory.
+pub const DEFAULT_MAX_BATCH_TOKENS: usize = 4096;
+
+/// One job: a command over a dataset with a checkpoint.
+#[derive(Debug, Clone)]
+pub struct JobSpec {
+    pub command: CommandSpec,
+    /// A checkpoint folder, or a hub id in the local cache.
+    pub model: String,
+    /// Files, globs and folders, in order.
+    pub inputs: Vec<String>,
+    /// Instead of what the files' names say.
+    pub input_format: Option<InputFormat>,
+    pub output: PathBuf,
+    pub on_existing: OnExisting,
+    pub text_column: String,
+    /// Input columns to keep; all when `None`.
+    pub keep: Option<Vec<String>>,
+    /// Put before the names of result columns.
+    pub prefix: String,
+    /// A SQL condition over the input's columns.
+    pub filter: Option<String>,
+    /// At most so many rows, counted after the filter.
+    pub limit: Option<u64>,
+    /// The column that says what the result should be.
+    pub truth_column: Option<String>,
+    /// Tokens of a text, special tokens included; the checkpoint's limit when `None`.
+    pub max_length: Option<usize>,
+    pub overflow: Overflow,
+    /// Tokens that neighbouring chunks share.
+    pub stride: usize,
+    /// Padded tokens of a batch.
+    pub max_batch_tokens: usize,
+    /// Rows of a unit.
+    pub unit_rows: Option<u64>,
+    /// Failed rows that are recorded and not fatal; any number when `None`.
+    pub max_errors: Option<u64>,
+}
+
+/// The command of a job with its own settings.
+#[derive(Debug, Clone)]
+pub enum CommandSpec {
+    Classify(ClassifyOptions),
+}
+
+impl CommandSpec {
+    /// The command's name on the command line.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Classify(_) => "classify",
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! Text becomes token ids, as transformers makes them.
+
+mod tokenizer;
+
+pub use tokenizer::{Overflow, TextTokenizer, Tokenized};
