@@ -303,4 +303,4 @@ fn changed_or(dataset: &Dataset, file: usize, error: Error) -> Error {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
