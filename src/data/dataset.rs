@@ -325,8 +325,11 @@ fn agree(paths: &[&Path], own_columns: &[Option<Vec<Field>>]) -> Result<Vec<Fiel
     Ok(merged)
 }
 
+/// One file's values of the partition keys, `None` for null.
+type PartitionValues = Vec<Option<String>>;
+
 /// The partition keys, and each file's values in the order of the keys.
-fn partitions(found: &[FoundFile]) -> Result<(Vec<String>, Vec<Vec<Option<String>>>)> {
+fn partitions(found: &[FoundFile]) -> Result<(Vec<String>, Vec<PartitionValues>)> {
     let Some(first) = found.first() else { return Ok((Vec::new(), Vec::new())) };
     let keys: Vec<String> = first.partitions.iter().map(|(key, _)| key.clone()).collect();
     let drift = |column: &str, file: &FoundFile, first_type: &str, second_type: &str| Error::SchemaDrift {
@@ -352,7 +355,7 @@ fn partitions(found: &[FoundFile]) -> Result<(Vec<String>, Vec<Vec<Option<String
 }
 
 /// A partition column is Int64 where every value is written as an integer is, otherwise text.
-fn partition_field(name: String, place: usize, values: &[Vec<Option<String>>]) -> Field {
+fn partition_field(name: String, place: usize, values: &[PartitionValues]) -> Field {
     let mut column = values.iter().map(|values| values[place].as_deref());
     let nullable = column.clone().any(|value| value.is_none());
     let any = column.clone().any(|value| value.is_some());

@@ -62,7 +62,7 @@ pub(crate) fn open(path: &Path, layout: &Layout, columns: &[&str], first_row: u6
                 Read::by_ref(&mut file).take(message.end - message.start).read_to_end(&mut head)?;
             }
             file.seek(SeekFrom::Start(offset))?;
-            let projection = projection(&*StreamReader::try_new(head.as_slice(), None)?.schema(), columns);
+            let projection = projection(&StreamReader::try_new(head.as_slice(), None)?.schema(), columns);
             let reader = StreamReader::try_new(Cursor::new(head).chain(file), Some(projection))?;
             Ok((Box::new(reader) as Batches, start))
         }

@@ -26,9 +26,8 @@ pub(crate) fn survey(path: &Path) -> Result<Survey> {
             let group_rows = natural(group.num_rows())?;
             group_starts.push(rows);
             rows = rows.checked_add(group_rows).ok_or_else(|| broken("more rows than can be counted"))?;
-            if group_rows > 0 {
-                bytes_per_row = bytes_per_row.max(natural(group.total_byte_size().max(0))? / group_rows);
-            }
+            let group_bytes = u64::try_from(group.total_byte_size()).unwrap_or(0);
+            bytes_per_row = bytes_per_row.max(group_bytes.checked_div(group_rows).unwrap_or(0));
         }
         if natural(metadata.metadata().file_metadata().num_rows())? != rows {
             return Err(broken("its row groups do not add up to its number of rows"));

@@ -217,10 +217,12 @@ fn text_files_are_entered_at_recorded_rows() {
 #[test]
 fn a_row_that_starts_with_a_byte_order_mark_keeps_it() {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("a.csv");
-    fs::write(&path, "\u{feff}a\r\n\u{feff}x\r\ny\r\n").unwrap();
-    let column = read_all(&open(&path)).column(0).clone();
-    assert_eq!(as_text(&column).unwrap().iter().collect::<Vec<_>>(), [Some("\u{feff}x"), Some("y")]);
+    for (name, line_end) in [("unix.csv", "\n"), ("windows.csv", "\r\n")] {
+        let path = folder.path().join(name);
+        fs::write(&path, ["\u{feff}a", "\u{feff}x", "y", ""].join(line_end)).unwrap();
+        let column = read_all(&open(&path)).column(0).clone();
+        assert_eq!(as_text(&column).unwrap().iter().collect::<Vec<_>>(), [Some("\u{feff}x"), Some("y")]);
+    }
 }
 
 #[test]
@@ -273,6 +275,30 @@ fn a_file_that_changes_ends_the_reading_before_its_unit_does() {
         let error = reader.find_map(Result::err).unwrap();
         assert!(matches!(error, Error::InputChanged { .. }), "{error}");
         assert!(reader.next().is_none());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+    #[test]
+    fn damage_anywhere_is_an_error_or_goes_unseen(places in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
+        let folder = tempfile::tempdir().unwrap();
+        for (path, _) in files(&folder, 60, 20) {
+            let mut content = fs::read(&path).unwrap();
+            for (place, byte) in &places {
+                let place = place.index(content.len());
+                content[place] = *byte;
+            }
+            fs::write(&path, content).unwrap();
+            let inputs = vec![path.to_str().unwrap().to_owned()];
+            let read = Dataset::open(&DatasetOptions { inputs, ..DatasetOptions::default() }).and_then(|dataset| {
+                let dataset = Arc::new(dataset);
+                WindowReader::new(Arc::clone(&dataset), units(&dataset, 25), all(10))?.try_for_each(|window| window.map(drop))
+            });
+            if let Err(error) = read {
+                prop_assert!(matches!(error.exit_code(), ExitCode::InputData | ExitCode::Usage), "{}", error);
+            }
+        }
     }
 }
 
