@@ -156,7 +156,7 @@ impl Dataset {
 
     /// The rows of all files.
     pub fn total_rows(&self) -> u64 {
-        self.files.iter().map(|file| file.rows).sum()
+        self.files.iter().map(|file| file.rows).fold(0, u64::saturating_add)
     }
 
     /// Checks that a file still has the size and time of modification that it was opened with.
