@@ -1,0 +1,384 @@
+//! One file out of the parts, as a stream: no more than a batch of rows is held at a time.
+//!
+//! Parquet column chunks are copied as they are. The other formats are written anew, with dictionaries as plain values
+//! in Arrow files (each part has its own) and nested columns as JSON text in CSV. In CSV a null is an empty field, and
+//! so is an empty text.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, BufReader, BufWriter, Write};
+use std::os::unix::fs::MetadataExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arrow::array::{Array, ArrayRef, RecordBatch, StringBuilder, new_empty_array};
+use arrow::compute::cast;
+use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
+use arrow::ipc::reader::FileReader;
+use arrow::ipc::writer::FileWriter;
+use arrow::json::writer::{EncoderOptions, LineDelimited, WriterBuilder, make_encoder};
+use arrow::util::display::{ArrayFormatter, FormatOptions};
+use parquet::arrow::ArrowSchemaConverter;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::column::writer::ColumnCloseResult;
+use parquet::errors::ParquetError;
+use parquet::file::metadata::{KeyValue, PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader};
+use parquet::file::writer::SerializedFileWriter;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::commit::{TempFile, read_failed, write_failed};
+use super::output::OutputFormat;
+use super::part::{KEY_PREFIX, own_keys, writer_properties};
+use super::plan_file::{JsonFile, PlanFile, SuccessFile, hex, read_json};
+use crate::error::{Error, Result, one_line};
+
+/// Whether columns of `schema` can be written as `format`, so that a job does not find out at its end.
+///
+/// # Errors
+/// [`Error::Usage`] that names the column.
+pub fn check_format_supports(schema: &SchemaRef, format: OutputFormat) -> Result<()> {
+    for field in schema.fields() {
+        let problem = parquet_problem(field).or_else(|| match format {
+            OutputFormat::Parquet | OutputFormat::Arrow => None,
+            OutputFormat::Csv if contains(field.data_type(), &|inner| is_binary(inner)) => {
+                Some("CSV has no form for bytes".to_owned())
+            }
+            OutputFormat::Csv if !field.data_type().is_nested() => {
+                let empty = new_empty_array(field.data_type());
+                ArrayFormatter::try_new(&empty, &FormatOptions::default()).err().map(one_line)
+            }
+            OutputFormat::Jsonl | OutputFormat::Csv => {
+                let empty = new_empty_array(field.data_type());
+                make_encoder(field, &empty, &EncoderOptions::default()).err().map(one_line)
+            }
+        });
+        if let Some(problem) = problem {
+            return Err(Error::Usage(format!(
+                "column '{}' of type {} cannot be written as {}: {problem}; leave it out with --keep, or choose \
+                 another format with --output",
+                field.name(),
+                field.data_type(),
+                format.name()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Parts are Parquet whatever the output is.
+fn parquet_problem(field: &FieldRef) -> Option<String> {
+    // The converter panics on unions.
+    if contains(field.data_type(), &|inner| matches!(inner, DataType::Union(..))) {
+        return Some("Parquet has no unions".to_owned());
+    }
+    let schema = Schema::new(vec![Arc::clone(field)]);
+    ArrowSchemaConverter::new().convert(&schema).err().map(one_line)
+}
+
+fn is_binary(data_type: &DataType) -> bool {
+    use DataType::{Binary, BinaryView, FixedSizeBinary, LargeBinary};
+    matches!(data_type, Binary | LargeBinary | BinaryView | FixedSizeBinary(_))
+}
+
+/// Whether `found` holds for the type or one inside it.
+fn contains(data_type: &DataType, found: &dyn Fn(&DataType) -> bool) -> bool {
+    use DataType::*;
+    found(data_type)
+        || match data_type {
+            List(item) | LargeList(item) | ListView(item) | LargeListView(item) | FixedSizeList(item, _) => {
+                contains(item.data_type(), found)
+            }
+            Map(item, _) | RunEndEncoded(_, item) => contains(item.data_type(), found),
+            Struct(fields) => fields.iter().any(|field| contains(field.data_type(), found)),
+            Dictionary(_, values) => contains(values, found),
+            _ => false,
+        }
+}
+
+/// What makes a finished file recognisable as ours, and as the work of which plan.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Marks {
+    pub plan: PlanFile,
+    pub success: SuccessFile,
+}
+
+impl Marks {
+    fn pairs(&self) -> Result<[(&'static str, String); 4]> {
+        let json = |value| serde_json::to_string(&value).map_err(|error| Error::Internal(error.to_string()));
+        Ok([
+            ("fingerprint", self.plan.fingerprint.clone()),
+            ("rows", self.success.rows.to_string()),
+            ("plan", json(serde_json::to_value(&self.plan).unwrap_or_default())?),
+            ("success", json(serde_json::to_value(&self.success).unwrap_or_default())?),
+        ])
+    }
+
+    fn from_pairs(pairs: &BTreeMap<String, String>) -> Option<Self> {
+        let plan = serde_json::from_str(pairs.get("plan")?).ok()?;
+        let success = serde_json::from_str(pairs.get("success")?).ok()?;
+        Some(Self { plan, success })
+    }
+}
+
+/// Writes the rows of `parts`, in their order, into `temp`. All parts have the columns of `schema`.
+pub(super) fn assemble(
+    parts: &[PathBuf],
+    schema: &SchemaRef,
+    format: OutputFormat,
+    marks: &Marks,
+    mut temp: TempFile,
+) -> Result<TempFile> {
+    let path = temp.path().to_owned();
+    match format {
+        OutputFormat::Parquet => return concatenate(parts, schema, marks, temp),
+        OutputFormat::Arrow => {
+            let plain = Arc::new(without_dictionaries(schema));
+            let failed = |error| write_failed(&path, &error);
+            let mut writer = FileWriter::try_new_buffered(&mut temp, &plain).map_err(failed)?;
+            for (key, value) in marks.pairs()? {
+                writer.write_metadata(format!("{KEY_PREFIX}{key}"), value);
+            }
+            for_each_batch(parts, |batch| {
+                let columns = batch.columns().iter().zip(plain.fields());
+                let columns = columns.map(|(column, field)| Ok(cast(column, field.data_type())?)).collect::<Result<_>>()?;
+                writer.write(&with_columns(&plain, columns, batch.num_rows())?).map_err(failed)
+            })?;
+            writer.finish().map_err(failed)?;
+        }
+        OutputFormat::Jsonl => {
+            let failed = |error| write_failed(&path, &error);
+            let builder = WriterBuilder::new().with_explicit_nulls(true);
+            let mut writer = builder.build::<_, LineDelimited>(BufWriter::new(&mut temp));
+            for_each_batch(parts, |batch| writer.write(batch).map_err(failed))?;
+            writer.finish().map_err(failed)?;
+            writer.into_inner().flush().map_err(Error::io("write", &path))?;
+        }
+        OutputFormat::Csv => {
+            let failed = |error: csv::Error| Error::io("write", &path)(error.into());
+            let mut writer = csv::Writer::from_writer(&mut temp);
+            writer.write_record(schema.fields().iter().map(|field| field.name())).map_err(failed)?;
+            for_each_batch(parts, |batch| write_csv(&mut writer, batch, &path))?;
+            writer.flush().map_err(Error::io("write", &path))?;
+        }
+    }
+    Ok(temp)
+}
+
+/// Copies the column chunks of every part: nothing is decoded.
+fn concatenate(parts: &[PathBuf], schema: &SchemaRef, marks: &Marks, temp: TempFile) -> Result<TempFile> {
+    let path = temp.path().to_owned();
+    let failed = |error: ParquetError| write_failed(&path, &error);
+    let mut key_values: Vec<KeyValue> = Vec::new();
+    for (key, value) in marks.pairs()? {
+        key_values.push(KeyValue::new(format!("{KEY_PREFIX}{key}"), value));
+    }
+    let mut properties = writer_properties(key_values)?;
+    parquet::arrow::add_encoded_arrow_schema_to_metadata(schema, &mut properties);
+    let columns = ArrowSchemaConverter::new().convert(schema).map_err(failed)?;
+    let mut writer = SerializedFileWriter::new(temp, columns.root_schema_ptr(), Arc::new(properties)).map_err(failed)?;
+    for part in parts {
+        let (input, metadata) = open_parquet(part)?;
+        if metadata.file_metadata().schema() != columns.root_schema() {
+            return Err(Error::corrupt(part, "its columns are not those of this job"));
+        }
+        for (index, group) in metadata.row_groups().iter().enumerate() {
+            let column_index = metadata.column_index().and_then(|groups| groups.get(index));
+            let offset_index = metadata.offset_index().and_then(|groups| groups.get(index));
+            let mut group_writer = writer.next_row_group().map_err(failed)?;
+            for (index, column) in group.columns().iter().enumerate() {
+                let close = ColumnCloseResult {
+                    bytes_written: column.compressed_size().unsigned_abs(),
+                    rows_written: group.num_rows().unsigned_abs(),
+                    metadata: column.clone(),
+                    bloom_filter: None,
+                    column_index: column_index.and_then(|columns| columns.get(index)).cloned(),
+                    offset_index: offset_index.and_then(|columns| columns.get(index)).cloned(),
+                };
+                group_writer.append_column(&input, close).map_err(failed)?;
+            }
+            group_writer.close().map_err(failed)?;
+        }
+    }
+    writer.into_inner().map_err(failed)
+}
+
+fn open_parquet(path: &Path) -> Result<(File, ParquetMetaData)> {
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    let metadata = ParquetMetaDataReader::new()
+        .with_page_index_policy(PageIndexPolicy::Optional)
+        .parse_and_finish(&file)
+        .map_err(|error| read_failed(path, &error))?;
+    Ok((file, metadata))
+}
+
+fn for_each_batch(parts: &[PathBuf], mut consume: impl FnMut(&RecordBatch) -> Result<()>) -> Result<()> {
+    for part in parts {
+        let file = File::open(part).map_err(Error::io("open", part))?;
+        let reader = ParquetRecordBatchReaderBuilder::try_new(file).and_then(|builder| builder.build());
+        for batch in reader.map_err(|error| read_failed(part, &error))? {
+            consume(&batch.map_err(|error| read_failed(part, &error))?)?;
+        }
+    }
+    Ok(())
+}
+
+/// A batch of these columns; the number of rows is given for the case that there are none.
+fn with_columns(schema: &SchemaRef, columns: Vec<ArrayRef>, rows: usize) -> Result<RecordBatch> {
+    let options = arrow::array::RecordBatchOptions::new().with_row_count(Some(rows));
+    Ok(RecordBatch::try_new_with_options(Arc::clone(schema), columns, &options)?)
+}
+
+/// The schema with every dictionary as its values: an Arrow file has room for one dictionary per column, and every
+/// part has its own.
+fn without_dictionaries(schema: &Schema) -> Schema {
+    let fields: Vec<FieldRef> = schema.fields().iter().map(plain_field).collect();
+    Schema::new_with_metadata(fields, schema.metadata().clone())
+}
+
+fn plain_field(field: &FieldRef) -> FieldRef {
+    let data_type = plain_type(field.data_type());
+    if &data_type == field.data_type() {
+        return Arc::clone(field);
+    }
+    let plain = Field::new(field.name(), data_type, field.is_nullable());
+    Arc::new(plain.with_metadata(field.metadata().clone()))
+}
+
+fn plain_type(data_type: &DataType) -> DataType {
+    use DataType::*;
+    match data_type {
+        Dictionary(_, values) => plain_type(values),
+        List(item) => List(plain_field(item)),
+        LargeList(item) => LargeList(plain_field(item)),
+        FixedSizeList(item, length) => FixedSizeList(plain_field(item), *length),
+        Map(entries, sorted) => Map(plain_field(entries), *sorted),
+        Struct(fields) => Struct(fields.iter().map(plain_field).collect()),
+        other => other.clone(),
+    }
+}
+
+/// Writes the rows of a batch as CSV records.
+fn write_csv<W: Write>(writer: &mut csv::Writer<W>, batch: &RecordBatch, path: &Path) -> Result<()> {
+    let schema = batch.schema();
+    let columns: Vec<ArrayRef> = schema
+        .fields()
+        .iter()
+        .zip(batch.columns())
+        .map(|(field, column)| match column.data_type().is_nested() {
+            true => nested_as_json(field, column),
+            false => Ok(Arc::clone(column)),
+        })
+        .collect::<Result<_>>()?;
+    let options = FormatOptions::default().with_null("").with_display_error(false);
+    let formatters = columns.iter().map(|column| ArrayFormatter::try_new(column, &options));
+    let formatters: Vec<ArrayFormatter> = formatters.collect::<Result<_, _>>()?;
+    let mut field = String::new();
+    for row in 0..batch.num_rows() {
+        for formatter in &formatters {
+            field.clear();
+            formatter.value(row).write(&mut field)?;
+            writer.write_field(&field).map_err(|error| Error::io("write", path)(error.into()))?;
+        }
+        writer.write_record(None::<&[u8]>).map_err(|error| Error::io("write", path)(error.into()))?;
+    }
+    Ok(())
+}
+
+fn nested_as_json(field: &FieldRef, column: &ArrayRef) -> Result<ArrayRef> {
+    let options = EncoderOptions::default().with_explicit_nulls(true);
+    let mut encoder = make_encoder(field, column, &options)?;
+    let mut texts = StringBuilder::new();
+    let mut text = Vec::new();
+    for row in 0..column.len() {
+        if encoder.is_null(row) {
+            texts.append_null();
+            continue;
+        }
+        text.clear();
+        encoder.encode(row, &mut text);
+        texts.append_value(String::from_utf8_lossy(&text));
+    }
+    Ok(Arc::new(texts.finish()))
+}
+
+/// What stands at the place of a single-file output.
+#[derive(Debug)]
+pub(super) enum FinalFile {
+    Missing,
+    /// A file that we cannot prove to be ours.
+    Foreign,
+    Ours(Box<Marks>),
+}
+
+/// Looks at the file of a single-file output, by what it carries or by the stamp beside it.
+pub(super) fn read_final_file(path: &Path, format: OutputFormat, stamp: Option<&Path>) -> Result<FinalFile> {
+    let stat = match fs::metadata(path) {
+        Ok(stat) if stat.is_file() => stat,
+        Ok(_) => return Ok(FinalFile::Foreign),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(FinalFile::Missing),
+        Err(error) => return Err(Error::io("read", path)(error)),
+    };
+    let marks = match (format, stamp) {
+        (OutputFormat::Parquet, _) => match open_parquet(path) {
+            Ok((_, metadata)) => Marks::from_pairs(&own_keys(&metadata)),
+            Err(Error::InputCorrupt { .. }) => None,
+            Err(error) => return Err(error),
+        },
+        (OutputFormat::Arrow, _) => arrow_marks(path)?,
+        (_, Some(stamp)) => match read_json::<Stamp>(stamp)?.ours() {
+            Some(stamp) if stamp.fits(path, &stat)? => Some(stamp.marks),
+            _ => None,
+        },
+        (_, None) => None,
+    };
+    Ok(marks.map_or(FinalFile::Foreign, |marks| FinalFile::Ours(Box::new(marks))))
+}
+
+fn arrow_marks(path: &Path) -> Result<Option<Marks>> {
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    // A file that only calls itself .arrow must be "not ours", whatever its bytes do to the reader.
+    let Ok(Ok(reader)) = catch_unwind(AssertUnwindSafe(|| FileReader::try_new_buffered(file, None))) else {
+        return Ok(None);
+    };
+    let pairs = reader.custom_metadata().iter();
+    let pairs = pairs.filter_map(|(key, value)| Some((key.strip_prefix(KEY_PREFIX)?.to_owned(), value.clone())));
+    Ok(Marks::from_pairs(&pairs.collect()))
+}
+
+/// What is kept beside a CSV or JSONL file, which cannot carry anything itself.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Stamp {
+    size: u64,
+    /// Seconds and nanoseconds.
+    mtime: (i64, i64),
+    sha256: String,
+    marks: Marks,
+}
+
+impl Stamp {
+    /// The stamp of the finished file that still has its temporary name; renaming changes none of it.
+    pub(super) fn of(path: &Path, marks: Marks) -> Result<Self> {
+        let stat = fs::metadata(path).map_err(Error::io("read", path))?;
+        Ok(Self { size: stat.len(), mtime: (stat.mtime(), stat.mtime_nsec()), sha256: sha256_of(path)?, marks })
+    }
+
+    /// Whether the file is still the one that was stamped. A copy has another time, and is read then.
+    fn fits(&self, path: &Path, stat: &fs::Metadata) -> Result<bool> {
+        Ok(self.size == stat.len()
+            && (self.mtime == (stat.mtime(), stat.mtime_nsec()) || self.sha256 == sha256_of(path)?))
+    }
+}
+
+fn sha256_of(path: &Path) -> Result<String> {
+    let mut file = BufReader::new(File::open(path).map_err(Error::io("open", path))?);
+    let mut hash = Sha256::new();
+    io::copy(&mut file, &mut hash).map_err(Error::io("read", path))?;
+    Ok(hex(&hash.finalize()))
+}
+
+/// Whether the stamp's place is free or holds a stamp of ours.
+pub(super) fn stamp_is_ours(path: &Path) -> Result<bool> {
+    Ok(!matches!(read_json::<Stamp>(path)?, JsonFile::Foreign))
+}
