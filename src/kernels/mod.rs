@@ -1,1 +1,18 @@
-//! The arithmetic.
+//! The arithmetic between the matrix products: attention, rotary embedding, norms and the gated activation.
+//!
+//! Every function takes the padding-free layout: the `N` tokens of all sequences stand one after another, and
+//! `cu_seq_lens` (`[B + 1]`, cumulative, starting with 0) says where each sequence begins. Three sequences of 2, 5
+//! and 1 tokens have `cu_seq_lens = [0, 2, 7, 8]`, and token 3 is the second token of the second sequence.
+//!
+//! Each function is one candle custom op, so that another device adds its own forward beside the CPU's. The plain
+//! computation that they all have to agree with is in [`reference`].
+
+mod cpu;
+mod heads;
+pub mod reference;
+
+pub use cpu::{add_rms_norm, rms_norm, rotary_embedding, swiglu, varlen_attention};
+pub use heads::HeadLayout;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,31 @@
+//! The kernels on the CPU, in f32.
+
+mod attention;
+mod norm;
+mod rotary;
+mod simd;
+mod swiglu;
+
+pub use attention::varlen_attention;
+pub use norm::{add_rms_norm, rms_norm};
+pub use rotary::rotary_embedding;
+pub use swiglu::swiglu;
+
+use candle_core::{CpuStorage, Layout, Result, bail};
+
+/// Values that one parallel task of an elementwise kernel should touch: long enough to pay for its scheduling.
+const VALUES_PER_TASK: usize = 16 * 1024;
+
+/// Rows of `width` values that make one parallel task.
+fn rows_per_task(width: usize) -> usize {
+    (VALUES_PER_TASK / width.max(1)).max(1)
+}
+
+/// The f32 values of a contiguous tensor.
+fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout, what: &str) -> Result<&'a [f32]> {
+    let CpuStorage::F32(values) = storage else { bail!("{what}: the CPU kernels compute in f32") };
+    match layout.contiguous_offsets() {
+        Some((begin, end)) => Ok(&values[begin..end]),
+        None => bail!("{what}: expected a contiguous tensor, got {layout:?}"),
+    }
+}
