@@ -16,5 +16,3 @@ pub use heads::HeadLayout;
 
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
-mod timing;

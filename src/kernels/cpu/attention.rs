@@ -14,7 +14,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::contiguous;
-use super::simd::{Kernel, Simd, dispatch, exp};
+use super::simd::{Kernel, Level, Simd, dispatch_at, exp};
 use crate::kernels::HeadLayout;
 
 /// Rows of a register tile.
@@ -34,13 +34,14 @@ const NO_SCORE: f32 = f32::MIN / 2.0;
 /// `0 <= i - j < window`: a window of 1 is the token itself, `None` is all that came before.
 pub fn varlen_attention(qkv: &Tensor, cu_seq_lens: &[u32], heads: HeadLayout, window: Option<usize>) -> Result<Tensor> {
     let cu_seq_lens = cu_seq_lens.iter().map(|&offset| offset as usize).collect();
-    qkv.apply_op1_no_bwd(&VarlenAttention { cu_seq_lens, heads, window })
+    qkv.apply_op1_no_bwd(&VarlenAttention { cu_seq_lens, heads, window, level: Level::best() })
 }
 
 struct VarlenAttention {
     cu_seq_lens: Vec<usize>,
     heads: HeadLayout,
     window: Option<usize>,
+    level: Level,
 }
 
 impl CustomOp1 for VarlenAttention {
@@ -66,7 +67,7 @@ impl CustomOp1 for VarlenAttention {
             let (begin, end) = (self.cu_seq_lens[sequence], self.cu_seq_lens[sequence + 1]);
             let queries = first_query..(first_query + tile_tokens).min(end - begin);
             SCRATCH.with_borrow_mut(|scratch| {
-                dispatch(Task { qkv, heads, window, begin, kv_head, queries, output: shared, scratch });
+                dispatch_at(self.level, Task { qkv, heads, window, begin, kv_head, queries, output: shared, scratch });
             });
         });
         Ok((CpuStorage::F32(output), Shape::from((tokens, heads.query_width()))))
@@ -424,6 +425,51 @@ unsafe fn panel<S: Simd, const V: usize, const ADD: bool>(
             for (j, &value) in row.iter().enumerate() {
                 simd.store(c.add(i * c_stride + j * S::LANES), value);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The same random numbers in [-2, 2) at every call.
+    fn random(len: usize) -> Vec<f32> {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1 << 22) as f32 - 2.0
+        };
+        std::iter::repeat_with(next).take(len).collect()
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_output() -> Result<()> {
+        for (num_heads, num_kv_heads, head_dim) in [(12, 4, 64), (4, 1, 128), (8, 2, 16), (2, 2, 8), (5, 1, 20)] {
+            let heads = HeadLayout { num_heads, num_kv_heads, head_dim };
+            for window in [None, Some(1), Some(33), Some(100)] {
+                let qkv = random(250 * heads.qkv_width());
+                let qkv = Tensor::from_vec(qkv, (250, heads.qkv_width()), &candle_core::Device::Cpu)?;
+                let at = |level| -> Result<Vec<f32>> {
+                    let attention = VarlenAttention { cu_seq_lens: vec![0, 9, 250], heads, window, level };
+                    qkv.apply_op1_no_bwd(&attention)?.flatten_all()?.to_vec1()
+                };
+                let expected = at(Level::Portable)?;
+                for level in Level::available() {
+                    for (x, y) in at(level)?.iter().zip(&expected) {
+                        assert!((x - y).abs() < 5e-6, "{level:?}, {heads:?}, window {window:?}: {x} and {y}");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_query_tile_fills_its_register_tiles() {
+        for group in [1, 2, 3, 4, 6, 8, 32] {
+            let tokens = tile_tokens(HeadLayout { num_heads: group, num_kv_heads: 1, head_dim: 64 });
+            assert!((tokens * group).is_multiple_of(TILE_ROWS) && tokens * group >= 96, "{group}: {tokens}");
         }
     }
 }

@@ -112,7 +112,7 @@ pub(super) fn exp<S: Simd>(simd: S, x: f32) -> f32 {
     /// Adding 1.5·2^23 rounds to an integer and leaves that integer in the low bits of the sum.
     const ROUNDER: f32 = 12_582_912.0;
     /// ln 2 as a short number, whose small multiples are exact, and the rest.
-    const LN_2: (f32, f32) = (0.693_359_375, -2.121_944_4e-4);
+    const LN_2: (f32, f32) = (355.0 / 512.0, -2.121_944_4e-4);
 
     let clamped = if x < LOWEST { LOWEST } else { x };
     let clamped = if clamped > HIGHEST { HIGHEST } else { clamped };
