@@ -58,11 +58,15 @@ pub enum Error {
     },
 
     /// A column has a type that the command cannot use.
-    #[error("column '{column}' in {path} has type {found}, but {expected} is needed; choose another column with {flag}")]
+    #[error(
+        "column '{column}' in {path} has type {found}, but {expected} is needed; choose another column with {flag}"
+    )]
     ColumnType { column: String, path: PathBuf, found: String, expected: &'static str, flag: &'static str },
 
     /// A result column would hide a column of the input.
-    #[error("result column '{column}' would collide with a column of the input; give --prefix NAME_ or drop it with --keep")]
+    #[error(
+        "result column '{column}' would collide with a column of the input; give --prefix NAME_ or drop it with --keep"
+    )]
     ColumnCollision { column: String },
 
     /// Nothing is there to be read.
@@ -79,7 +83,9 @@ pub enum Error {
     },
 
     /// Two input files disagree about a column.
-    #[error("{second} does not fit {first}: column '{column}' is {second_type}, not {first_type}; convert one of them or run them apart")]
+    #[error(
+        "{second} does not fit {first}: column '{column}' is {second_type}, not {first_type}; convert one of them or run them apart"
+    )]
     SchemaDrift { first: PathBuf, second: PathBuf, column: String, first_type: String, second_type: String },
 
     /// An input file is not the one that was planned.
