@@ -109,10 +109,7 @@ mod tests {
     fn the_ending_decides_unless_a_directory_is_there() {
         let temp = tempfile::tempdir().unwrap();
         let file = temp.path().join("out.parquet");
-        assert_eq!(
-            OutputTarget::new(&file),
-            OutputTarget::File { path: file.clone(), format: OutputFormat::Parquet }
-        );
+        assert_eq!(OutputTarget::new(&file), OutputTarget::File { path: file.clone(), format: OutputFormat::Parquet });
         assert_eq!(OutputTarget::new(&file).parts_dir(), temp.path().join(".out.parquet.mistral-batch"));
         std::fs::create_dir(&file).unwrap();
         assert_eq!(OutputTarget::new(&file), OutputTarget::Directory(file.clone()));

@@ -140,7 +140,8 @@ impl PartWriter {
             if !there.is_some_and(|there| there.same_unit(&self.footer) && there.rows == self.footer.rows) {
                 return Err(Error::CannotCreate {
                     path: place,
-                    message: "is there already and not this unit's; move it away, or choose another --output".to_owned(),
+                    message: "is there already and not this unit's; move it away, or choose another --output"
+                        .to_owned(),
                 });
             }
         }
@@ -185,9 +186,7 @@ pub fn read_part_footer(path: &Path) -> Result<Option<PartFooter>> {
 /// The key-value pairs of ours in a Parquet footer, without their prefix.
 pub(super) fn own_keys(metadata: &ParquetMetaData) -> BTreeMap<String, String> {
     let pairs = metadata.file_metadata().key_value_metadata().into_iter().flatten();
-    pairs
-        .filter_map(|pair| Some((pair.key.strip_prefix(KEY_PREFIX)?.to_owned(), pair.value.clone()?)))
-        .collect()
+    pairs.filter_map(|pair| Some((pair.key.strip_prefix(KEY_PREFIX)?.to_owned(), pair.value.clone()?))).collect()
 }
 
 #[cfg(test)]
@@ -237,8 +236,7 @@ mod tests {
     fn dropping_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let batch = batch(vec![1]);
-        let mut writer =
-            PartWriter::create(dir.path(), 0, batch.schema(), &PartFooter::new("f", "r", 0)).unwrap();
+        let mut writer = PartWriter::create(dir.path(), 0, batch.schema(), &PartFooter::new("f", "r", 0)).unwrap();
         writer.write(&batch).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         drop(writer);

@@ -102,7 +102,8 @@ impl PlanFile {
     /// The plan as a reader of its JSON gets it, so that numbers compare equal with those of a stored plan.
     pub(super) fn as_stored(&self) -> Result<PlanFile> {
         to_json(self).and_then(|text| {
-            serde_json::from_str(&text).map_err(|error| Error::Internal(format!("the plan does not round-trip: {error}")))
+            serde_json::from_str(&text)
+                .map_err(|error| Error::Internal(format!("the plan does not round-trip: {error}")))
         })
     }
 }
@@ -161,7 +162,8 @@ pub fn first_difference(ours: &Value, theirs: &Value) -> String {
 fn difference_at(path: String, ours: Option<&Value>, theirs: Option<&Value>) -> Option<String> {
     match (ours, theirs) {
         (Some(Value::Object(ours)), Some(Value::Object(theirs))) => {
-            let mut keys: Vec<&String> = ours.keys().chain(theirs.keys().filter(|key| !ours.contains_key(*key))).collect();
+            let mut keys: Vec<&String> =
+                ours.keys().chain(theirs.keys().filter(|key| !ours.contains_key(*key))).collect();
             keys.sort();
             keys.into_iter().find_map(|key| {
                 let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
@@ -191,7 +193,9 @@ fn in_short(value: Option<&Value>) -> String {
 /// The first input that differs: its path where its stamp has one, and how it differs.
 fn input_difference(ours: &Value, theirs: &Value) -> (Option<String>, String) {
     let path_of = |stamp: &Value| stamp.get("path").and_then(Value::as_str).map(str::to_owned);
-    let (Value::Array(ours), Value::Array(theirs)) = (ours, theirs) else { return (None, first_difference(ours, theirs)) };
+    let (Value::Array(ours), Value::Array(theirs)) = (ours, theirs) else {
+        return (None, first_difference(ours, theirs));
+    };
     for index in 0..ours.len().max(theirs.len()) {
         match (ours.get(index), theirs.get(index)) {
             (Some(our), Some(their)) if canonical(our) == canonical(their) => {}

@@ -142,7 +142,8 @@ pub(super) fn assemble(
             }
             for_each_batch(parts, |batch| {
                 let columns = batch.columns().iter().zip(plain.fields());
-                let columns = columns.map(|(column, field)| Ok(cast(column, field.data_type())?)).collect::<Result<_>>()?;
+                let columns =
+                    columns.map(|(column, field)| Ok(cast(column, field.data_type())?)).collect::<Result<_>>()?;
                 writer.write(&with_columns(&plain, columns, batch.num_rows())?).map_err(failed)
             })?;
             writer.finish().map_err(failed)?;
@@ -177,7 +178,8 @@ fn concatenate(parts: &[PathBuf], schema: &SchemaRef, marks: &Marks, temp: TempF
     let mut properties = writer_properties(key_values)?;
     parquet::arrow::add_encoded_arrow_schema_to_metadata(schema, &mut properties);
     let columns = ArrowSchemaConverter::new().convert(schema).map_err(failed)?;
-    let mut writer = SerializedFileWriter::new(temp, columns.root_schema_ptr(), Arc::new(properties)).map_err(failed)?;
+    let mut writer =
+        SerializedFileWriter::new(temp, columns.root_schema_ptr(), Arc::new(properties)).map_err(failed)?;
     for part in parts {
         let (input, metadata) = open_parquet(part)?;
         if metadata.file_metadata().schema() != columns.root_schema() {

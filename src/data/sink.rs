@@ -1,0 +1,469 @@
+//! The output of a job: what it holds before the run, the parts that are committed during it, and the end.
+//!
+//! [`Sink::open`] decides by the table of the design document whether to start, to resume, to redo, to do nothing or to
+//! refuse. Only files that carry our plan, footer or mark are ever deleted. Files whose names begin with `.` or `_`,
+//! which readers of a directory of parts pass over, are neither in the way nor touched.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use arrow::datatypes::{Schema, SchemaRef};
+use serde_json::Value;
+
+use super::commit::{
+    OutputLock, Published, TempFile, create_dirs_durably, fault_point, is_temp_name, parent_of, sync_dir,
+};
+use super::output::{OutputFormat, OutputTarget};
+use super::part::{KEY_PREFIX, PartFooter, PartWriter, part_name, read_part_footer, unit_of_name};
+use super::plan_file::{
+    Comparison, PLAN_NAME, PlanFile, SUCCESS_NAME, SuccessFile, publish_json, read_json, write_json_beside,
+};
+use super::single_file::{FinalFile, Marks, Stamp, assemble, check_format_supports, read_final_file, stamp_is_ours};
+use crate::error::{Error, Result};
+
+/// What to do with an output that is there already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnExisting {
+    /// No flag: an unfinished run is named, and left.
+    Refuse,
+    /// `--resume`.
+    Resume,
+    /// `--overwrite`.
+    Overwrite,
+    /// `run JOB.toml` without a flag: as [`OnExisting::Refuse`], but an unfinished run of the job is resumed.
+    ResumeIfOurs,
+}
+
+/// What [`Sink::open`] found to do.
+#[derive(Debug)]
+pub enum Opened {
+    /// Units are to be written.
+    Work(Sink),
+    /// The same job over the same inputs was finished before.
+    NothingToDo(SuccessFile),
+}
+
+/// The output of a running job; the lock on it is held as long as this lives.
+#[derive(Debug)]
+pub struct Sink {
+    target: OutputTarget,
+    dir: PathBuf,
+    plan: PlanFile,
+    schema: SchemaRef,
+    finished: BTreeMap<usize, u64>,
+    changed_note: Option<String>,
+    _lock: OutputLock,
+}
+
+impl Sink {
+    /// Looks at the output and makes it ready for the units of `plan`, whose rows have the columns of `schema`.
+    ///
+    /// Takes the lock, removes our stale temporary files, and writes `_plan.json` where a run starts.
+    ///
+    /// # Errors
+    /// [`Error::CannotCreate`], [`Error::InputChanged`] and [`Error::AnotherJob`] as the table has it,
+    /// [`Error::OutputLocked`] when another run holds the output, [`Error::Usage`] when a column does not fit the format.
+    pub fn open(target: &OutputTarget, schema: SchemaRef, plan: PlanFile, on_existing: OnExisting) -> Result<Opened> {
+        let format = match target {
+            OutputTarget::Directory(_) => OutputFormat::Parquet,
+            OutputTarget::File { format, .. } => *format,
+        };
+        check_format_supports(&schema, format)?;
+        let plan = plan.as_stored()?;
+        let dir = target.parts_dir();
+        // Before a directory is made: a finished or refused output is left as it is.
+        if !dir.is_dir() {
+            let holding = Holding::of(target)?;
+            if let Action::Nothing(success) = holding.decide(target, &plan, on_existing)? {
+                return Ok(Opened::NothingToDo(success));
+            }
+            create_dirs_durably(&dir)?;
+        }
+        let lock = OutputLock::acquire(&dir)?;
+        let holding = Holding::of(target)?;
+        let action = holding.decide(target, &plan, on_existing)?;
+        let changed_note = match &action {
+            Action::Resume(stored) => plan.changed_note(stored),
+            _ => None,
+        };
+        if lock.is_held() {
+            remove(&holding.work.temps)?;
+        }
+        let (plan, finished) = match action {
+            Action::Nothing(success) => {
+                if let OutputTarget::File { .. } = target {
+                    // The run before was killed between its final rename and this.
+                    holding.work.remove_folder(&dir)?;
+                }
+                return Ok(Opened::NothingToDo(success));
+            }
+            Action::Start => {
+                publish_plan(&dir, &plan)?;
+                (plan, BTreeMap::new())
+            }
+            Action::Redo => {
+                holding.remove_ours(target)?;
+                publish_plan(&dir, &plan)?;
+                (plan, BTreeMap::new())
+            }
+            Action::Resume(stored) => {
+                // A mark of success above missing parts would be a lie.
+                remove(&holding.work.success_path(&dir))?;
+                (stored, holding.work.parts.iter().map(|(unit, footer)| (*unit, footer.rows)).collect())
+            }
+        };
+        let (target, schema) = (target.clone(), without_our_keys(&schema));
+        Ok(Opened::Work(Self { target, dir, plan, schema, finished, changed_note, _lock: lock }))
+    }
+
+    /// The units that are committed already, with their rows.
+    pub fn finished_units(&self) -> &BTreeMap<usize, u64> {
+        &self.finished
+    }
+
+    /// The plan that the output holds: when resuming, the one of the first run.
+    pub fn plan(&self) -> &PlanFile {
+        &self.plan
+    }
+
+    /// The first note that differs from the run that is being resumed, as `max_batch_tokens: 8192, was 16384`.
+    pub fn changed_note(&self) -> Option<&str> {
+        self.changed_note.as_deref()
+    }
+
+    /// Begins the part of a unit.
+    ///
+    /// # Errors
+    /// [`Error::CannotCreate`] or [`Error::Io`].
+    pub fn part(&self, unit: usize) -> Result<PartWriter> {
+        if unit >= parts_of(&self.plan) {
+            return Err(Error::Internal(format!("unit {unit} of {} units", self.plan.units)));
+        }
+        PartWriter::create(&self.dir, unit, SchemaRef::clone(&self.schema), &self.footer_of(unit))
+    }
+
+    fn footer_of(&self, unit: usize) -> PartFooter {
+        PartFooter::new(&self.plan.fingerprint, &self.plan.rows_digest(), unit)
+    }
+
+    /// Ends the job: checks every part's footer, then writes `_SUCCESS.json`, or the single file.
+    ///
+    /// A job without units gets one part without rows, so that its readers find the columns.
+    ///
+    /// # Errors
+    /// [`Error::CannotCreate`] when a part is missing or not of this job, or something stands at the file's place;
+    /// [`Error::Io`].
+    pub fn complete(self, summary: Value) -> Result<()> {
+        if self.plan.units == 0 && !self.finished.contains_key(&0) {
+            self.part(0)?.finish()?;
+        }
+        let rows = self.verified_rows()?;
+        fault_point("before-success");
+        let success = SuccessFile {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            fingerprint: self.plan.fingerprint.clone(),
+            rows,
+            parts: parts_of(&self.plan) as u64,
+            summary,
+        };
+        match &self.target {
+            OutputTarget::Directory(dir) => {
+                let place = dir.join(SUCCESS_NAME);
+                match publish_json(&place, &success)? {
+                    Published::Now => Ok(()),
+                    // Without locks, another run of this job over the same parts may have ended first.
+                    Published::AlreadyThere => match read_json::<SuccessFile>(&place)?.ours() {
+                        Some(there) if there.fingerprint == success.fingerprint => Ok(()),
+                        _ => Err(in_the_way(&place)),
+                    },
+                }
+            }
+            OutputTarget::File { path, format } => self.publish_file(path, *format, success),
+        }
+    }
+
+    fn verified_rows(&self) -> Result<u64> {
+        let mut rows = 0;
+        for unit in 0..parts_of(&self.plan) {
+            let path = self.dir.join(part_name(unit));
+            let footer = if path.exists() { read_part_footer(&path)? } else { None };
+            match footer {
+                Some(footer) if footer.same_unit(&self.footer_of(unit)) => rows += footer.rows,
+                _ => {
+                    let message =
+                        "this part is missing or not of this job; run the same command with --resume".to_owned();
+                    return Err(Error::CannotCreate { path, message });
+                }
+            }
+        }
+        if rows > self.plan.rows {
+            return Err(Error::Internal(format!("{rows} rows were written, {} were planned", self.plan.rows)));
+        }
+        Ok(rows)
+    }
+
+    /// Assembles the file in the work folder, which is in the same file system, and publishes it.
+    fn publish_file(&self, path: &Path, format: OutputFormat, success: SuccessFile) -> Result<()> {
+        let parts: Vec<PathBuf> = (0..parts_of(&self.plan)).map(|unit| self.dir.join(part_name(unit))).collect();
+        // The plan's notes and the summary tell of one run; the same job should give the same file.
+        let plan = PlanFile { notes: Value::Null, ..self.plan.clone() };
+        let marks = Marks { plan, success: SuccessFile { summary: Value::Null, ..success } };
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let temp = assemble(&parts, &self.schema, format, &marks, TempFile::create(&self.dir, &name)?)?;
+        let stamp_path = self.target.stamp_path();
+        if let Some(stamp_path) = &stamp_path {
+            let stamp = Stamp::of(temp.path(), marks.clone())?;
+            write_json_beside(&self.dir, "stamp.json", &stamp)?.replace(stamp_path)?;
+        }
+        if temp.publish(path)? == Published::AlreadyThere {
+            match read_final_file(path, format, stamp_path.as_deref())? {
+                FinalFile::Ours(there) if *there == marks => {}
+                _ => return Err(in_the_way(path)),
+            }
+        }
+        Work::of(&self.dir)?.remove_folder(&self.dir)
+    }
+}
+
+/// Parts of a finished job: one without rows where there are no units.
+fn parts_of(plan: &PlanFile) -> usize {
+    usize::try_from(plan.units).unwrap_or(usize::MAX).max(1)
+}
+
+fn in_the_way(path: &Path) -> Error {
+    let message =
+        "appeared while the job ran and is not of this job; move it away and run the same command with --resume";
+    Error::CannotCreate { path: path.to_owned(), message: message.to_owned() }
+}
+
+/// A Parquet reader hands the footer's keys on as the schema's; an output of ours as input must not pass on its own.
+fn without_our_keys(schema: &SchemaRef) -> SchemaRef {
+    let mut metadata = schema.metadata().clone();
+    metadata.retain(|key, _| !key.starts_with(KEY_PREFIX));
+    SchemaRef::new(Schema::new_with_metadata(schema.fields().clone(), metadata))
+}
+
+fn publish_plan(dir: &Path, plan: &PlanFile) -> Result<()> {
+    match publish_json(&dir.join(PLAN_NAME), plan)? {
+        Published::Now => Ok(()),
+        // Only where locks do not work: another run was quicker.
+        Published::AlreadyThere => Err(Error::OutputLocked { path: dir.to_owned() }),
+    }
+}
+
+fn remove<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> Result<()> {
+    for path in paths {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io("remove", path)(error)),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// What the directory of parts holds, told by names and footers.
+#[derive(Debug, Default)]
+struct Work {
+    plan: Option<PlanFile>,
+    success: Option<SuccessFile>,
+    parts: BTreeMap<usize, PartFooter>,
+    temps: Vec<PathBuf>,
+    /// The first file that is not ours and that a reader would see, or that has a name of ours.
+    foreign: Option<PathBuf>,
+    /// The first part of ours that is not of the plan.
+    stray: Option<PathBuf>,
+}
+
+impl Work {
+    fn of(dir: &Path) -> Result<Self> {
+        let mut work = Work::default();
+        let entries = match fs::read_dir(dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(work),
+            Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+                work.foreign = Some(dir.to_owned());
+                return Ok(work);
+            }
+            Err(error) => return Err(Error::io("read", dir)(error)),
+        };
+        let paths = entries.map(|entry| entry.map(|entry| entry.path()));
+        let mut paths = paths.collect::<io::Result<Vec<_>>>().map_err(Error::io("read", dir))?;
+        paths.sort();
+        for path in paths {
+            work.add(path)?;
+        }
+        work.stray = work.find_stray(dir);
+        Ok(work)
+    }
+
+    fn add(&mut self, path: PathBuf) -> Result<()> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let ours = if name == PLAN_NAME {
+            self.plan = read_json(&path)?.ours();
+            self.plan.is_some()
+        } else if name == SUCCESS_NAME {
+            self.success = read_json(&path)?.ours();
+            self.success.is_some()
+        } else if let Some(unit) = unit_of_name(&name) {
+            // Published parts are whole: what cannot be read was never one.
+            match if path.is_file() { read_part_footer(&path) } else { Ok(None) } {
+                Ok(Some(footer)) => self.parts.insert(unit, footer).is_none(),
+                Ok(None) | Err(Error::InputCorrupt { .. }) => false,
+                Err(error) => return Err(error),
+            }
+        } else if is_temp_name(&name) {
+            self.temps.push(path.clone());
+            true
+        } else {
+            name.starts_with(['.', '_'])
+        };
+        if !ours {
+            self.foreign.get_or_insert(path);
+        }
+        Ok(())
+    }
+
+    fn find_stray(&self, dir: &Path) -> Option<PathBuf> {
+        let Some(plan) = &self.plan else {
+            let success = self.success.as_ref().map(|_| dir.join(SUCCESS_NAME));
+            return self.parts.keys().next().map(|unit| dir.join(part_name(*unit))).or(success);
+        };
+        let digest = plan.rows_digest();
+        let belongs = |unit: usize, footer: &PartFooter| {
+            unit < parts_of(plan) && footer.same_unit(&PartFooter::new(&plan.fingerprint, &digest, unit))
+        };
+        let stray = self.parts.iter().find(|(unit, footer)| !belongs(**unit, footer));
+        stray.map(|(unit, _)| dir.join(part_name(*unit)))
+    }
+
+    fn success_path(&self, dir: &Path) -> Option<PathBuf> {
+        self.success.as_ref().map(|_| dir.join(SUCCESS_NAME))
+    }
+
+    /// Removes what is ours. The plan goes last: what a kill leaves behind is an unfinished run, not files of nobody.
+    fn remove_ours(&self, dir: &Path) -> Result<()> {
+        remove(&self.success_path(dir))?;
+        sync_dir(dir)?;
+        remove(&self.parts.keys().map(|unit| dir.join(part_name(*unit))).collect::<Vec<_>>())?;
+        sync_dir(dir)?;
+        remove(&self.plan.as_ref().map(|_| dir.join(PLAN_NAME)))?;
+        sync_dir(dir)
+    }
+
+    /// Removes the work folder of a single file that is finished.
+    fn remove_folder(&self, dir: &Path) -> Result<()> {
+        remove(&self.temps)?;
+        self.remove_ours(dir)?;
+        match fs::remove_dir(dir) {
+            // Something that is not ours stays, and the folder with it.
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(Error::io("remove", dir)(error)),
+            Ok(()) => sync_dir(parent_of(dir)),
+        }
+    }
+}
+
+/// Everything that the output holds.
+#[derive(Debug)]
+struct Holding {
+    work: Work,
+    /// The finished file of a single-file output.
+    file: FinalFile,
+    foreign: Option<PathBuf>,
+}
+
+/// What the table says.
+#[derive(Debug)]
+enum Action {
+    Start,
+    Resume(PlanFile),
+    Redo,
+    Nothing(SuccessFile),
+}
+
+impl Holding {
+    fn of(target: &OutputTarget) -> Result<Self> {
+        let work = Work::of(&target.parts_dir())?;
+        let mut foreign = work.foreign.clone();
+        let mut file = FinalFile::Missing;
+        if let OutputTarget::File { path, format } = target {
+            let stamp = target.stamp_path();
+            file = read_final_file(path, *format, stamp.as_deref())?;
+            if let Some(stamp) = stamp
+                && !stamp_is_ours(&stamp)?
+            {
+                foreign = Some(stamp);
+            }
+            if let FinalFile::Foreign = file {
+                foreign = Some(path.clone());
+            }
+        }
+        Ok(Self { work, file, foreign })
+    }
+
+    /// The plan that the output follows, with the mark of success if it is finished.
+    fn state(&self, target: &OutputTarget) -> Option<(&PlanFile, Option<&SuccessFile>)> {
+        if let FinalFile::Ours(marks) = &self.file {
+            return Some((&marks.plan, Some(&marks.success)));
+        }
+        let plan = self.work.plan.as_ref()?;
+        let success = self.work.success.as_ref().filter(|success| {
+            let is_the_result = matches!(target, OutputTarget::Directory(_));
+            is_the_result && success.fingerprint == plan.fingerprint && self.work.parts.len() == parts_of(plan)
+        });
+        Some((plan, success))
+    }
+
+    /// The design's table of what an output may hold, row by row.
+    fn decide(&self, target: &OutputTarget, plan: &PlanFile, on_existing: OnExisting) -> Result<Action> {
+        let refuse = |path: &Path, message: String| Err(Error::CannotCreate { path: path.to_owned(), message });
+        if let Some(foreign) = &self.foreign {
+            let message = "is in the way and not known to be ours; move it away, or choose another --output";
+            return refuse(foreign, message.to_owned());
+        }
+        let finished_file = matches!(self.file, FinalFile::Ours(_));
+        let stray = self.work.stray.as_ref().filter(|_| !finished_file);
+        let state = self.state(target);
+        if on_existing == OnExisting::Overwrite && (state.is_some() || self.work.stray.is_some()) {
+            return Ok(Action::Redo);
+        }
+        if let Some(stray) = stray {
+            let message = "belongs to another job than the rest; choose another --output, or redo it with --overwrite";
+            return refuse(stray, message.to_owned());
+        }
+        let Some((theirs, success)) = state else { return Ok(Action::Start) };
+        let path = target.path();
+        match (plan.compare(theirs), success) {
+            (Comparison::Another { difference }, _) if on_existing == OnExisting::Resume => {
+                Err(Error::AnotherJob { path: path.to_owned(), difference })
+            }
+            (Comparison::Another { difference }, _) => refuse(
+                path,
+                format!("holds another job ({difference}); choose another --output, or redo it with --overwrite"),
+            ),
+            (Comparison::InputsChanged { path: input, difference }, _) => Err(Error::InputChanged {
+                path: input.map_or_else(|| path.to_owned(), PathBuf::from),
+                message: difference,
+            }),
+            (Comparison::Same, Some(success)) => Ok(Action::Nothing(success.clone())),
+            (Comparison::Same, None) if on_existing == OnExisting::Refuse => refuse(
+                path,
+                "holds an unfinished run of this job; go on with --resume, or start again with --overwrite".to_owned(),
+            ),
+            (Comparison::Same, None) => Ok(Action::Resume(theirs.clone())),
+        }
+    }
+
+    /// Removes what is ours of the output; only called when nothing foreign is there.
+    fn remove_ours(&self, target: &OutputTarget) -> Result<()> {
+        if let (FinalFile::Ours(_), OutputTarget::File { path, .. }) = (&self.file, target) {
+            remove([path])?;
+            remove(&target.stamp_path())?;
+            sync_dir(parent_of(path))?;
+        }
+        self.work.remove_ours(&target.parts_dir())
+    }
+}
