@@ -214,7 +214,7 @@ pub fn nearest_name<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str
 
 /// The first line of a library's message, so that our errors stay one line each.
 pub fn one_line(message: impl ToString) -> String {
-    message.to_string().lines().map(str::trim).filter(|line| !line.is_empty()).next().unwrap_or_default().to_owned()
+    message.to_string().lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default().to_owned()
 }
 
 fn describe_columns(nearest: &Option<String>, available: &[String]) -> String {

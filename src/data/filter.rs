@@ -96,10 +96,8 @@ mod tests {
     use arrow::datatypes::Field;
 
     fn batch() -> RecordBatch {
-        let schema = Schema::new(vec![
-            Field::new("Topic", DataType::Utf8, true),
-            Field::new("n", DataType::Int64, true),
-        ]);
+        let schema =
+            Schema::new(vec![Field::new("Topic", DataType::Utf8, true), Field::new("n", DataType::Int64, true)]);
         let topics = StringArray::from(vec![Some("bug"), Some("praise"), None, Some("bug")]);
         let numbers = Int64Array::from(vec![Some(1), Some(2), Some(3), None]);
         RecordBatch::try_new(Arc::new(schema), vec![Arc::new(topics), Arc::new(numbers)]).unwrap()
@@ -131,7 +129,9 @@ mod tests {
 
     #[test]
     fn what_is_no_condition_is_a_usage_error() {
-        for sql in ["missing = 1", "n + 1", "n >", "n > 1; DROP TABLE x", "random() < 0.5", "sum(n) > 1", "topic = 'bug'"] {
+        for sql in
+            ["missing = 1", "n + 1", "n >", "n > 1; DROP TABLE x", "random() < 0.5", "sum(n) > 1", "topic = 'bug'"]
+        {
             let error = RowFilter::compile(sql, &batch().schema()).expect_err(sql);
             assert_eq!(error.exit_code(), crate::ExitCode::Usage, "{sql}");
             assert!(error.to_string().starts_with("--where"), "{error}");

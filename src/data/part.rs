@@ -123,6 +123,11 @@ impl PartWriter {
         Ok(())
     }
 
+    /// Adds `mistral_batch.<key>` to the footer that [`PartWriter::finish`] writes.
+    pub fn set_extra(&mut self, key: &str, value: &str) {
+        self.footer.extra.insert(key.to_owned(), value.to_owned());
+    }
+
     /// Writes the footer, fsyncs and publishes. A part of the same unit with as many rows that is there already is as
     /// good: ours is dropped then.
     ///

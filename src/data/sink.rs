@@ -52,7 +52,7 @@ pub struct Sink {
     dir: PathBuf,
     plan: PlanFile,
     schema: SchemaRef,
-    finished: BTreeMap<usize, u64>,
+    finished: BTreeMap<usize, PartFooter>,
     changed_note: Option<String>,
     _lock: OutputLock,
 }
@@ -111,15 +111,15 @@ impl Sink {
             Action::Resume(stored) => {
                 // A mark of success above missing parts would be a lie.
                 remove(&holding.work.success_path(&dir))?;
-                (stored, holding.work.parts.iter().map(|(unit, footer)| (*unit, footer.rows)).collect())
+                (stored, holding.work.parts)
             }
         };
         let (target, schema) = (target.clone(), without_our_keys(&schema));
         Ok(Opened::Work(Self { target, dir, plan, schema, finished, changed_note, _lock: lock }))
     }
 
-    /// The units that are committed already, with their rows.
-    pub fn finished_units(&self) -> &BTreeMap<usize, u64> {
+    /// The units that are committed already, with what their parts' footers say.
+    pub fn finished_units(&self) -> &BTreeMap<usize, PartFooter> {
         &self.finished
     }
 

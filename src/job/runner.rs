@@ -12,7 +12,6 @@ use super::plan::JobPlan;
 use super::report::{RunDetails, RunReport, UnitCounts};
 use super::spec::{CommandSpec, JobSpec};
 use crate::data::output::OutputTarget;
-use crate::data::single_file::check_format_supports;
 use crate::data::sink::{Opened, Sink};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -88,10 +87,7 @@ impl OpenJob {
         let tokenizer = tokenizer.with_limit(max_length, spec.overflow, spec.stride)?;
         let plan = JobPlan::new(spec, &checkpoint, &tokenizer, max_length)?;
         let target = OutputTarget::new(&spec.output);
-        if let Some(format) = target.format() {
-            check_format_supports(&plan.output_schema, format)?;
-        }
-        match Sink::open(&target, plan.file.clone(), plan.output_schema.clone(), spec.on_existing)? {
+        match Sink::open(&target, plan.output_schema.clone(), plan.file.clone(), spec.on_existing)? {
             Opened::NothingToDo(_) => Ok(None),
             Opened::Work(sink) => Ok(Some(Self { checkpoint, tokenizer, plan: Arc::new(plan), sink })),
         }

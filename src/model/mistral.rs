@@ -149,9 +149,10 @@ impl DecoderLayer {
             Some(positions) => (context.index_select(positions, 0)?, hidden_states.index_select(positions, 0)?),
             None => (context, hidden_states.clone()),
         };
-        let hidden_states = (residual + linear(&context, &self.o_proj)?)?;
+        let attended = linear(&context, &self.o_proj)?;
+        let (hidden_states, normed) =
+            kernels::add_rms_norm(&attended, &residual, &self.post_attention_layernorm, config.rms_norm_eps)?;
 
-        let normed = kernels::rms_norm(&hidden_states, &self.post_attention_layernorm, config.rms_norm_eps)?;
         let gate_up = linear(&normed, &self.gate_up_proj)?; // [N, 2·intermediate]
         let activated = kernels::swiglu(&gate_up)?; // [N, intermediate]
         hidden_states + linear(&activated, &self.down_proj)?

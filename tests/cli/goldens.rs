@@ -62,7 +62,8 @@ fn logits_equal_those_of_f32_and_f64() {
     for name in ["cls-window-sharded", "cls-nopad", "cls-pad-is-eos", "cls-multilabel-bf16"] {
         let (rows, results) = classify(name, &["--top-k", "all", "--function-to-apply", "none"]);
         let config: Value =
-            serde_json::from_str(&std::fs::read_to_string(format!("{}/config.json", checkpoint(name))).unwrap()).unwrap();
+            serde_json::from_str(&std::fs::read_to_string(format!("{}/config.json", checkpoint(name))).unwrap())
+                .unwrap();
         for (i, (row, ours)) in rows.iter().zip(label_scores(&results, "predicted_scores")).enumerate() {
             for (label, logit) in ours.unwrap() {
                 let index = config["label2id"][&label].as_u64().unwrap() as usize;
@@ -108,8 +109,10 @@ fn sample_data_equal_transformers_predictions_and_the_accuracy_is_told() {
     let expected = read_parquet(project("sample-data/tickets-expected.parquet"));
     assert_eq!(results.column_by_name("id"), read_parquet(&input).column_by_name("id"), "in the input's order");
     assert_eq!(strings(&results, "predicted_label"), strings(&expected, "label"));
-    let expected_scores = arrow::compute::cast(expected.column_by_name("score").unwrap(), &arrow::datatypes::DataType::Float32).unwrap();
-    let expected_scores = arrow::array::AsArray::as_primitive::<arrow::datatypes::Float32Type>(&expected_scores).clone();
+    let expected_scores =
+        arrow::compute::cast(expected.column_by_name("score").unwrap(), &arrow::datatypes::DataType::Float32).unwrap();
+    let expected_scores =
+        arrow::array::AsArray::as_primitive::<arrow::datatypes::Float32Type>(&expected_scores).clone();
     for (ours, theirs) in floats(&results, "predicted_score").iter().zip(&expected_scores) {
         assert!((ours.unwrap() - theirs.unwrap()).abs() < 1e-4);
     }

@@ -28,7 +28,8 @@ pub fn tickets() -> (String, String) {
 /// A command line of the program, in an environment without settings of the machine.
 pub fn program(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mistral-batch"));
-    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("MISTRAL_BATCH_") || name.starts_with("HF_")) {
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("MISTRAL_BATCH_") || name.starts_with("HF_"))
+    {
         command.env_remove(name);
     }
     command.args(args);
