@@ -484,7 +484,7 @@ mod tests {
         let all = concat_batches(&read[0].schema(), &read).unwrap();
         let expected = concat_batches(&schema, &batches).unwrap();
         for (field, (got, want)) in schema.fields().iter().zip(all.columns().iter().zip(expected.columns())) {
-            assert_eq!(plain(got), plain(want), "{}", field.name());
+            assert_eq!(plain(got).as_ref(), plain(want).as_ref(), "{}", field.name());
         }
         let FinalFile::Ours(found) = read_final_file(&file, OutputFormat::Parquet, None).unwrap() else { panic!() };
         assert_eq!(*found, marks());

@@ -40,7 +40,7 @@ pub enum OnExisting {
 #[derive(Debug)]
 pub enum Opened {
     /// Units are to be written.
-    Work(Sink),
+    Work(Box<Sink>),
     /// The same job over the same inputs was finished before.
     NothingToDo(SuccessFile),
 }
@@ -51,6 +51,8 @@ pub struct Sink {
     target: OutputTarget,
     dir: PathBuf,
     plan: PlanFile,
+    /// Of the plan; hashed once, since the stamps of many inputs are long.
+    rows_digest: String,
     schema: SchemaRef,
     finished: BTreeMap<usize, u64>,
     changed_note: Option<String>,
@@ -115,7 +117,9 @@ impl Sink {
             }
         };
         let (target, schema) = (target.clone(), without_our_keys(&schema));
-        Ok(Opened::Work(Self { target, dir, plan, schema, finished, changed_note, _lock: lock }))
+        let rows_digest = plan.rows_digest();
+        let sink = Self { target, dir, plan, rows_digest, schema, finished, changed_note, _lock: lock };
+        Ok(Opened::Work(Box::new(sink)))
     }
 
     /// The units that are committed already, with their rows.
@@ -145,7 +149,7 @@ impl Sink {
     }
 
     fn footer_of(&self, unit: usize) -> PartFooter {
-        PartFooter::new(&self.plan.fingerprint, &self.plan.rows_digest(), unit)
+        PartFooter::new(&self.plan.fingerprint, &self.rows_digest, unit)
     }
 
     /// Ends the job: checks every part's footer, then writes `_SUCCESS.json`, or the single file.
@@ -510,7 +514,7 @@ mod tests {
         Sink::open(target, schema(), plan, on_existing)
     }
 
-    fn work(target: &OutputTarget, plan: PlanFile, on_existing: OnExisting) -> Sink {
+    fn work(target: &OutputTarget, plan: PlanFile, on_existing: OnExisting) -> Box<Sink> {
         match open(target, plan, on_existing).unwrap() {
             Opened::Work(sink) => sink,
             Opened::NothingToDo(_) => panic!("there is work to do"),
@@ -717,8 +721,10 @@ mod tests {
         fs::write(&path, &bytes).unwrap();
         nothing_to_do(open(&target, plan(), Refuse));
         fs::write(&path, "x\n0\n1\n2\n4\n").unwrap();
+        // File systems with coarse clocks would give the edit the time of the stamp.
+        File::options().write(true).open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
         refused(open(&target, plan(), Overwrite), ExitCode::CannotCreate, "out.csv");
-        fs::write(&path, &bytes).unwrap();
+        fs::remove_file(&path).unwrap();
         fs::write(target.stamp_path().unwrap(), "{}").unwrap();
         refused(open(&target, plan(), Overwrite), ExitCode::CannotCreate, ".json");
     }
