@@ -296,8 +296,9 @@ pub(super) fn random() -> u64 {
 /// A test hook: aborts the process here when `MISTRAL_BATCH_FAULT` is `NAME`, or `NAME:N` for the Nth time.
 ///
 /// The names are `before-write`, `after-write`, `before-fsync`, `before-publish`, `after-publish`, `before-success`.
-/// The plan, the mark of success and a single file are published like parts, so they reach
-/// the points from fsync to publication too: a run's first `before-publish` is that of its plan. Aborting runs no destructor, so the files are left as a kill leaves them.
+/// The plan, the mark of success and a single file are published like parts, so they reach the points from fsync to
+/// publication too: a run's first `before-publish` is that of its plan. Aborting runs no destructor, so the files are
+/// left as a kill leaves them.
 pub fn fault_point(name: &str) {
     static WANTED: OnceLock<Option<(String, u64)>> = OnceLock::new();
     static REACHED: AtomicU64 = AtomicU64::new(0);
