@@ -218,8 +218,9 @@ impl OutputLock {
         let held = match flock(&opened, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => true,
             Err(Errno::WOULDBLOCK) => return Err(Error::OutputLocked { path: dir.to_owned() }),
-            // A file system without locks: publishing without replacing keeps two runs apart.
-            Err(Errno::NOTSUP | Errno::NOLCK | Errno::INVAL | Errno::NOSYS) => false,
+            // A file system without locks, or NFS, which locks no directory (EBADF): publishing without replacing keeps
+            // two runs apart.
+            Err(Errno::BADF | Errno::NOTSUP | Errno::NOLCK | Errno::INVAL | Errno::NOSYS) => false,
             Err(errno) => return Err(Error::io("lock", dir)(errno.into())),
         };
         // A run that ended between our open and our lock may have removed its work folder, and a lock on a directory
@@ -295,7 +296,9 @@ pub(super) fn random() -> u64 {
 /// A test hook: aborts the process here when `MISTRAL_BATCH_FAULT` is `NAME`, or `NAME:N` for the Nth time.
 ///
 /// The names are `before-write`, `after-write`, `before-fsync`, `before-publish`, `after-publish`, `before-success`.
-/// Aborting runs no destructor, so the files are left as a kill leaves them.
+/// The plan, the mark of success and a single file are published like parts, so they reach the points from fsync to
+/// publication too: a run's first `before-publish` is that of its plan. Aborting runs no destructor, so the files are
+/// left as a kill leaves them.
 pub fn fault_point(name: &str) {
     static WANTED: OnceLock<Option<(String, u64)>> = OnceLock::new();
     static REACHED: AtomicU64 = AtomicU64::new(0);

@@ -384,3 +384,228 @@ fn sha256_of(path: &Path) -> Result<String> {
 pub(super) fn stamp_is_ours(path: &Path) -> Result<bool> {
     Ok(!matches!(read_json::<Stamp>(path)?, JsonFile::Foreign))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::part::{PartFooter, PartWriter};
+    use super::*;
+    use arrow::array::*;
+    use arrow::buffer::OffsetBuffer;
+    use arrow::compute::concat_batches;
+    use arrow::datatypes::{Float32Type, Int32Type};
+    use serde_json::{Value, json};
+    use tempfile::TempDir;
+
+    /// Every kind of column that results and inputs have, as two parts with nulls.
+    fn batches() -> Vec<RecordBatch> {
+        let texts = [
+            vec![Some("plain"), None, Some("a \"quoted\", text\nof two lines")],
+            vec![Some(""), Some("été 🎉"), Some("x")],
+        ];
+        texts.into_iter().enumerate().map(|(part, texts)| batch_of(part as i32, texts)).collect()
+    }
+
+    fn batch_of(part: i32, texts: Vec<Option<&str>>) -> RecordBatch {
+        let labels = StringArray::from(vec!["a,b", "c", "d\"e"]);
+        let scores = Float32Array::from(vec![Some(0.5), None, Some(f32::from(part as i16))]);
+        let pairs = StructArray::from(vec![
+            (Arc::new(Field::new("label", DataType::Utf8, true)), Arc::new(labels) as ArrayRef),
+            (Arc::new(Field::new("score", DataType::Float32, true)), Arc::new(scores) as ArrayRef),
+        ]);
+        let item = Arc::new(Field::new("item", pairs.data_type().clone(), true));
+        let list = ListArray::new(
+            item,
+            OffsetBuffer::from_lengths([2, 0, 1]),
+            Arc::new(pairs),
+            Some(vec![true, false, true].into()),
+        );
+        let embedding = FixedSizeListArray::from_iter_primitive::<Float32Type, _, _>(
+            vec![Some(vec![Some(1.0), Some(2.5)]), Some(vec![Some(part as f32), None]), None],
+            2,
+        );
+        let dictionary: DictionaryArray<Int32Type> = texts.iter().copied().collect();
+        let mut map = MapBuilder::new(None, StringBuilder::new(), Int32Builder::new());
+        for row in 0..3 {
+            map.keys().append_value("k");
+            map.values().append_value(row);
+            map.append(true).unwrap();
+        }
+        RecordBatch::try_from_iter_with_nullable([
+            ("row", Arc::new(Int32Array::from_iter_values(part * 3..part * 3 + 3)) as ArrayRef, false),
+            ("text", Arc::new(StringArray::from(texts)), true),
+            ("kind", Arc::new(dictionary), true),
+            ("labels", Arc::new(list), true),
+            ("embedding", Arc::new(embedding), true),
+            ("map", Arc::new(map.finish()), true),
+        ])
+        .unwrap()
+    }
+
+    fn marks() -> Marks {
+        let plan = PlanFile::new(json!({"a": 1}), Value::Null, json!([]), 3, 2, 6);
+        let success = SuccessFile {
+            version: "1".to_owned(),
+            fingerprint: plan.fingerprint.clone(),
+            rows: 6,
+            parts: 2,
+            summary: Value::Null,
+        };
+        Marks { plan, success }
+    }
+
+    /// The file assembled from one part for each batch.
+    fn assembled(dir: &TempDir, batches: &[RecordBatch], schema: &SchemaRef, format: OutputFormat) -> PathBuf {
+        let parts: Vec<PathBuf> = batches
+            .iter()
+            .enumerate()
+            .map(|(unit, batch)| {
+                let footer = PartFooter::new("f", "r", unit);
+                let mut writer = PartWriter::create(dir.path(), unit, Arc::clone(schema), &footer).unwrap();
+                writer.write(batch).unwrap();
+                writer.finish().unwrap().path
+            })
+            .collect();
+        let place = dir.path().join("final");
+        let temp = TempFile::create(dir.path(), "final").unwrap();
+        assemble(&parts, schema, format, &marks(), temp).unwrap().publish(&place).unwrap();
+        place
+    }
+
+    #[test]
+    fn parquet_equals_the_parts_one_after_the_other() {
+        let dir = TempDir::new().unwrap();
+        let batches = batches();
+        let schema = batches[0].schema();
+        let file = assembled(&dir, &batches, &schema, OutputFormat::Parquet);
+        let reader = ParquetRecordBatchReaderBuilder::try_new(File::open(&file).unwrap()).unwrap();
+        assert_eq!(reader.schema().fields(), schema.fields());
+        assert_eq!(reader.metadata().num_row_groups(), 2);
+        let read: Vec<RecordBatch> = reader.build().unwrap().map(Result::unwrap).collect();
+        let all = concat_batches(&read[0].schema(), &read).unwrap();
+        let expected = concat_batches(&schema, &batches).unwrap();
+        for (field, (got, want)) in schema.fields().iter().zip(all.columns().iter().zip(expected.columns())) {
+            assert_eq!(plain(got).as_ref(), plain(want).as_ref(), "{}", field.name());
+        }
+        let FinalFile::Ours(found) = read_final_file(&file, OutputFormat::Parquet, None).unwrap() else { panic!() };
+        assert_eq!(*found, marks());
+        let indexed = open_parquet(&file).unwrap().1;
+        assert!(indexed.offset_index().is_some(), "the page index is copied too");
+    }
+
+    fn plain(column: &ArrayRef) -> ArrayRef {
+        cast(column, &plain_type(column.data_type())).unwrap()
+    }
+
+    #[test]
+    fn arrow_has_every_row_with_dictionaries_as_values() {
+        let dir = TempDir::new().unwrap();
+        let batches = batches();
+        let file = assembled(&dir, &batches, &batches[0].schema(), OutputFormat::Arrow);
+        let reader = FileReader::try_new(File::open(&file).unwrap(), None).unwrap();
+        assert_eq!(reader.schema().field_with_name("kind").unwrap().data_type(), &DataType::Utf8);
+        let read: Vec<RecordBatch> = reader.map(Result::unwrap).collect();
+        let all = concat_batches(&read[0].schema(), &read).unwrap();
+        let expected = concat_batches(&batches[0].schema(), &batches).unwrap();
+        for (got, want) in all.columns().iter().zip(expected.columns()) {
+            assert_eq!(got, &plain(want));
+        }
+        let FinalFile::Ours(found) = read_final_file(&file, OutputFormat::Arrow, None).unwrap() else { panic!() };
+        assert_eq!(*found, marks());
+    }
+
+    #[test]
+    fn jsonl_has_explicit_nulls() {
+        let dir = TempDir::new().unwrap();
+        let batches = batches();
+        let file = assembled(&dir, &batches, &batches[0].schema(), OutputFormat::Jsonl);
+        let text = fs::read_to_string(file).unwrap();
+        let rows: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(rows.len(), 6);
+        assert_eq!(
+            rows[0],
+            json!({"row": 0, "text": "plain", "kind": "plain", "embedding": [1.0, 2.5], "map": {"k": 0},
+                   "labels": [{"label": "a,b", "score": 0.5}, {"label": "c", "score": null}]})
+        );
+        assert_eq!(rows[1]["text"], Value::Null);
+        assert!(rows[1].as_object().unwrap().contains_key("labels"));
+        assert_eq!(rows[2]["text"], "a \"quoted\", text\nof two lines");
+    }
+
+    #[test]
+    fn csv_parses_back_with_quotes_and_nested_columns() {
+        let dir = TempDir::new().unwrap();
+        let batches = batches();
+        let file = assembled(&dir, &batches, &batches[0].schema(), OutputFormat::Csv);
+        let mut reader = csv::Reader::from_path(file).unwrap();
+        assert_eq!(reader.headers().unwrap(), vec!["row", "text", "kind", "labels", "embedding", "map"]);
+        let rows: Vec<csv::StringRecord> = reader.records().map(Result::unwrap).collect();
+        assert_eq!(rows.len(), 6);
+        assert_eq!(&rows[2][1], "a \"quoted\", text\nof two lines");
+        assert_eq!((&rows[1][1], &rows[1][3], &rows[4][1]), ("", "", "été 🎉"));
+        let json = |text: &str| serde_json::from_str::<Value>(text).unwrap();
+        assert_eq!(json(&rows[0][3]), json!([{"label": "a,b", "score": 0.5}, {"label": "c", "score": null}]));
+        assert_eq!(json(&rows[2][3]), json!([{"label": "d\"e", "score": 0.0}]));
+        assert_eq!(json(&rows[4][4]), json!([1.0, null]));
+        assert_eq!(json(&rows[4][5]), json!({"k": 1}));
+    }
+
+    #[test]
+    fn no_rows_still_give_a_header() {
+        for format in [OutputFormat::Csv, OutputFormat::Jsonl, OutputFormat::Arrow, OutputFormat::Parquet] {
+            let dir = TempDir::new().unwrap();
+            let schema = batches()[0].schema();
+            let file = assembled(&dir, &[RecordBatch::new_empty(Arc::clone(&schema))], &schema, format);
+            match format {
+                OutputFormat::Csv => {
+                    assert_eq!(fs::read_to_string(file).unwrap(), "row,text,kind,labels,embedding,map\n");
+                }
+                OutputFormat::Jsonl => assert_eq!(fs::read(file).unwrap(), b""),
+                OutputFormat::Arrow => {
+                    assert_eq!(
+                        FileReader::try_new(File::open(file).unwrap(), None).unwrap().schema().fields().len(),
+                        6
+                    );
+                }
+                OutputFormat::Parquet => {
+                    let reader = ParquetRecordBatchReaderBuilder::try_new(File::open(file).unwrap()).unwrap();
+                    assert_eq!(reader.schema().fields(), schema.fields());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn columns_that_do_not_fit_are_named_at_once() {
+        let check = |data_type: DataType, format| {
+            let schema = Arc::new(Schema::new(vec![Field::new("bytes", data_type, true)]));
+            check_format_supports(&schema, format)
+        };
+        let in_list = DataType::List(Arc::new(Field::new("item", DataType::Binary, true)));
+        for binary in [DataType::Binary, DataType::FixedSizeBinary(4), in_list] {
+            let error = check(binary.clone(), OutputFormat::Csv).unwrap_err();
+            assert!(
+                matches!(&error, Error::Usage(text) if text.contains("'bytes'") && text.contains("--keep")),
+                "{error}"
+            );
+            check(binary.clone(), OutputFormat::Jsonl).unwrap();
+            check(binary, OutputFormat::Parquet).unwrap();
+        }
+        let union = DataType::Union(arrow::datatypes::UnionFields::empty(), arrow::datatypes::UnionMode::Sparse);
+        check(union, OutputFormat::Arrow).unwrap_err();
+        for format in [OutputFormat::Csv, OutputFormat::Jsonl, OutputFormat::Arrow, OutputFormat::Parquet] {
+            check_format_supports(&batches()[0].schema(), format).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_only_has_the_name_is_foreign() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("x");
+        for bytes in [&b""[..], b"ARROW1", b"ARROW1\0\0 and more ARROW1", b"PAR1 and more PAR1"] {
+            fs::write(&path, bytes).unwrap();
+            for format in [OutputFormat::Arrow, OutputFormat::Parquet, OutputFormat::Csv] {
+                assert!(matches!(read_final_file(&path, format, None).unwrap(), FinalFile::Foreign));
+            }
+        }
+    }
+}

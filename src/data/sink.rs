@@ -40,7 +40,7 @@ pub enum OnExisting {
 #[derive(Debug)]
 pub enum Opened {
     /// Units are to be written.
-    Work(Sink),
+    Work(Box<Sink>),
     /// The same job over the same inputs was finished before.
     NothingToDo(SuccessFile),
 }
@@ -51,6 +51,8 @@ pub struct Sink {
     target: OutputTarget,
     dir: PathBuf,
     plan: PlanFile,
+    /// Of the plan; hashed once, since the stamps of many inputs are long.
+    rows_digest: String,
     schema: SchemaRef,
     finished: BTreeMap<usize, PartFooter>,
     changed_note: Option<String>,
@@ -115,7 +117,9 @@ impl Sink {
             }
         };
         let (target, schema) = (target.clone(), without_our_keys(&schema));
-        Ok(Opened::Work(Self { target, dir, plan, schema, finished, changed_note, _lock: lock }))
+        let rows_digest = plan.rows_digest();
+        let sink = Self { target, dir, plan, rows_digest, schema, finished, changed_note, _lock: lock };
+        Ok(Opened::Work(Box::new(sink)))
     }
 
     /// The units that are committed already, with what their parts' footers say.
@@ -145,7 +149,7 @@ impl Sink {
     }
 
     fn footer_of(&self, unit: usize) -> PartFooter {
-        PartFooter::new(&self.plan.fingerprint, &self.plan.rows_digest(), unit)
+        PartFooter::new(&self.plan.fingerprint, &self.rows_digest, unit)
     }
 
     /// Ends the job: checks every part's footer, then writes `_SUCCESS.json`, or the single file.
@@ -465,5 +469,430 @@ impl Holding {
             sync_dir(parent_of(path))?;
         }
         self.work.remove_ours(&target.parts_dir())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ExitCode;
+    use OnExisting::{Overwrite, Refuse, Resume, ResumeIfOurs};
+    use arrow::array::{ArrayRef, Int32Array, RecordBatch};
+    use parquet::arrow::ArrowWriter;
+    use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+    use serde_json::json;
+    use std::fs::File;
+    use std::sync::Arc;
+    use tempfile::TempDir;
+
+    const ENDINGS: [&str; 5] = ["dir", "out.parquet", "out.arrow", "out.jsonl", "out.csv"];
+
+    fn batch(values: &[i32]) -> RecordBatch {
+        RecordBatch::try_from_iter([("x", Arc::new(Int32Array::from(values.to_vec())) as ArrayRef)]).unwrap()
+    }
+
+    fn schema() -> SchemaRef {
+        batch(&[]).schema()
+    }
+
+    /// Two units of two rows.
+    fn plan() -> PlanFile {
+        let inputs = json!([{"path": "in.parquet", "size": 10}]);
+        PlanFile::new(json!({"settings": {"max_length": 128}}), json!({"threads": 1}), inputs, 2, 2, 4)
+    }
+
+    fn other_job() -> PlanFile {
+        let plan = plan();
+        PlanFile::new(json!({"settings": {"max_length": 256}}), plan.notes, plan.inputs, 2, 2, 4)
+    }
+
+    fn other_inputs() -> PlanFile {
+        PlanFile { inputs: json!([{"path": "in.parquet", "size": 11}]), ..plan() }
+    }
+
+    fn open(target: &OutputTarget, plan: PlanFile, on_existing: OnExisting) -> Result<Opened> {
+        Sink::open(target, schema(), plan, on_existing)
+    }
+
+    fn work(target: &OutputTarget, plan: PlanFile, on_existing: OnExisting) -> Box<Sink> {
+        match open(target, plan, on_existing).unwrap() {
+            Opened::Work(sink) => sink,
+            Opened::NothingToDo(_) => panic!("there is work to do"),
+        }
+    }
+
+    fn write_unit(sink: &Sink, unit: usize) {
+        let mut part = sink.part(unit).unwrap();
+        part.write(&batch(&[unit as i32 * 2, unit as i32 * 2 + 1])).unwrap();
+        assert_eq!(part.finish().unwrap().rows, 2);
+    }
+
+    fn run_to_end(target: &OutputTarget, plan: PlanFile, on_existing: OnExisting) {
+        let sink = work(target, plan, on_existing);
+        for unit in 0..2 {
+            if !sink.finished_units().contains_key(&unit) {
+                write_unit(&sink, unit);
+            }
+        }
+        sink.complete(json!({"seconds": 1.5})).unwrap();
+    }
+
+    fn run_half(target: &OutputTarget, plan: PlanFile) {
+        write_unit(&work(target, plan, Refuse), 1);
+    }
+
+    fn refused(result: Result<Opened>, code: ExitCode, says: &str) {
+        let error = result.unwrap_err();
+        assert_eq!(error.exit_code(), code, "{error}");
+        assert!(error.to_string().contains(says), "{error}");
+    }
+
+    fn nothing_to_do(result: Result<Opened>) -> SuccessFile {
+        match result.unwrap() {
+            Opened::NothingToDo(success) => success,
+            Opened::Work(_) => panic!("there is nothing to do"),
+        }
+    }
+
+    fn each_target(test: impl Fn(&OutputTarget, &Path)) {
+        for ending in ENDINGS {
+            let dir = TempDir::new().unwrap();
+            test(&OutputTarget::new(dir.path().join(ending)), dir.path());
+        }
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<String> = entries.collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn row_nothing_there_starts() {
+        for on_existing in [Refuse, Resume, Overwrite, ResumeIfOurs] {
+            each_target(|target, dir| {
+                run_to_end(target, plan(), on_existing);
+                match target {
+                    OutputTarget::Directory(path) => {
+                        assert_eq!(names(path), [SUCCESS_NAME, PLAN_NAME, "part-000000.parquet", "part-000001.parquet"])
+                    }
+                    OutputTarget::File { path, .. } => {
+                        let stamps = usize::from(target.stamp_path().is_some());
+                        assert_eq!(names(dir).len(), 1 + stamps, "{:?}", names(dir));
+                        assert!(path.is_file());
+                    }
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn row_no_plan_yet_starts() {
+        let dir = TempDir::new().unwrap();
+        fs::write(dir.path().join(".gitkeep"), "").unwrap();
+        run_to_end(&OutputTarget::new(dir.path()), plan(), Refuse);
+        assert!(dir.path().join(".gitkeep").exists());
+    }
+
+    #[test]
+    fn row_unfinished() {
+        each_target(|target, _| {
+            run_half(target, plan());
+            refused(open(target, plan(), Refuse), ExitCode::CannotCreate, "--resume");
+            for on_existing in [Resume, ResumeIfOurs] {
+                let sink = work(target, plan(), on_existing);
+                assert_eq!(sink.finished_units(), &BTreeMap::from([(1, 2)]));
+                assert_eq!(sink.changed_note(), None);
+            }
+            let sink = work(target, plan(), Overwrite);
+            assert!(sink.finished_units().is_empty());
+            assert_eq!(names(&target.parts_dir()), [PLAN_NAME]);
+            drop(sink);
+            run_to_end(target, plan(), Resume);
+            nothing_to_do(open(target, plan(), Refuse));
+        });
+    }
+
+    #[test]
+    fn row_finished() {
+        each_target(|target, _| {
+            run_to_end(target, plan(), Refuse);
+            for on_existing in [Refuse, Resume, ResumeIfOurs] {
+                let success = nothing_to_do(open(target, plan(), on_existing));
+                assert_eq!((success.rows, success.parts), (4, 2));
+                assert_eq!(success.fingerprint, plan().fingerprint);
+            }
+            run_to_end(target, plan(), Overwrite);
+            nothing_to_do(open(target, plan(), Refuse));
+        });
+    }
+
+    #[test]
+    fn row_inputs_changed() {
+        each_target(|target, _| {
+            for finish in [false, true] {
+                if finish {
+                    run_to_end(target, plan(), Resume)
+                } else {
+                    run_half(target, plan())
+                }
+                for on_existing in [Refuse, Resume, ResumeIfOurs] {
+                    refused(open(target, other_inputs(), on_existing), ExitCode::InputData, "in.parquet: changed");
+                }
+            }
+            run_to_end(target, other_inputs(), Overwrite);
+            nothing_to_do(open(target, other_inputs(), Refuse));
+        });
+    }
+
+    #[test]
+    fn row_another_job() {
+        each_target(|target, _| {
+            for finish in [false, true] {
+                if finish {
+                    run_to_end(target, plan(), Resume)
+                } else {
+                    run_half(target, plan())
+                }
+                let difference = "settings.max_length: 256, was 128";
+                refused(open(target, other_job(), Resume), ExitCode::Config, difference);
+                refused(open(target, other_job(), Refuse), ExitCode::CannotCreate, difference);
+                refused(open(target, other_job(), ResumeIfOurs), ExitCode::CannotCreate, difference);
+            }
+            run_to_end(target, other_job(), Overwrite);
+            nothing_to_do(open(target, other_job(), Refuse));
+        });
+    }
+
+    #[test]
+    fn row_files_that_are_not_ours() {
+        each_target(|target, _| {
+            let place = match target {
+                OutputTarget::Directory(path) => {
+                    fs::create_dir(path).unwrap();
+                    path.join("notes.txt")
+                }
+                OutputTarget::File { path, .. } => path.clone(),
+            };
+            fs::write(&place, "mine").unwrap();
+            for on_existing in [Refuse, Resume, Overwrite, ResumeIfOurs] {
+                refused(open(target, plan(), on_existing), ExitCode::CannotCreate, &place.display().to_string());
+            }
+            assert_eq!(fs::read(&place).unwrap(), b"mine");
+            assert!(matches!(target, OutputTarget::Directory(_)) || !target.parts_dir().exists());
+        });
+    }
+
+    #[test]
+    fn overwriting_leaves_everything_alone_if_one_file_is_foreign() {
+        let dir = TempDir::new().unwrap();
+        let target = OutputTarget::new(dir.path());
+        run_to_end(&target, plan(), Refuse);
+        let foreign = dir.path().join("part-000002.parquet");
+        let mut writer = ArrowWriter::try_new(File::create(&foreign).unwrap(), schema(), None).unwrap();
+        writer.write(&batch(&[1])).unwrap();
+        writer.close().unwrap();
+        refused(open(&target, plan(), Overwrite), ExitCode::CannotCreate, "part-000002.parquet");
+        assert_eq!(names(dir.path()).len(), 5);
+        fs::remove_file(&foreign).unwrap();
+        fs::write(dir.path().join(PLAN_NAME), "{}").unwrap();
+        refused(open(&target, plan(), Overwrite), ExitCode::CannotCreate, PLAN_NAME);
+        assert_eq!(names(dir.path()).len(), 4);
+    }
+
+    #[test]
+    fn a_file_where_a_directory_should_be_is_foreign() {
+        let dir = TempDir::new().unwrap();
+        fs::write(dir.path().join("out"), "mine").unwrap();
+        let target = OutputTarget::new(dir.path().join("out"));
+        refused(open(&target, plan(), Overwrite), ExitCode::CannotCreate, "out");
+    }
+
+    #[test]
+    fn a_changed_csv_is_foreign_and_a_copied_one_is_ours() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("out.csv");
+        let target = OutputTarget::new(&path);
+        run_to_end(&target, plan(), Refuse);
+        let bytes = fs::read(&path).unwrap();
+        assert_eq!(String::from_utf8(bytes.clone()).unwrap(), "x\n0\n1\n2\n3\n");
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, &bytes).unwrap();
+        nothing_to_do(open(&target, plan(), Refuse));
+        fs::write(&path, "x\n0\n1\n2\n4\n").unwrap();
+        // File systems with coarse clocks would give the edit the time of the stamp.
+        File::options().write(true).open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        refused(open(&target, plan(), Overwrite), ExitCode::CannotCreate, "out.csv");
+        fs::remove_file(&path).unwrap();
+        fs::write(target.stamp_path().unwrap(), "{}").unwrap();
+        refused(open(&target, plan(), Overwrite), ExitCode::CannotCreate, ".json");
+    }
+
+    #[test]
+    fn a_part_of_another_job_is_never_taken_for_ours() {
+        for theirs in [other_job(), other_inputs()] {
+            let dir = TempDir::new().unwrap();
+            let target = OutputTarget::new(dir.path());
+            run_half(&target, plan());
+            let footer = PartFooter::new(&theirs.fingerprint, &theirs.rows_digest(), 0);
+            PartWriter::create(dir.path(), 0, schema(), &footer).unwrap().finish().unwrap();
+            for on_existing in [Refuse, Resume, ResumeIfOurs] {
+                refused(open(&target, plan(), on_existing), ExitCode::CannotCreate, "part-000000.parquet");
+            }
+            run_to_end(&target, plan(), Overwrite);
+        }
+    }
+
+    #[test]
+    fn parts_without_a_plan_are_refused_and_redone() {
+        let dir = TempDir::new().unwrap();
+        let target = OutputTarget::new(dir.path());
+        run_to_end(&target, plan(), Refuse);
+        fs::remove_file(dir.path().join(PLAN_NAME)).unwrap();
+        refused(open(&target, plan(), Resume), ExitCode::CannotCreate, "--overwrite");
+        run_to_end(&target, plan(), Overwrite);
+    }
+
+    #[test]
+    fn a_lost_part_of_a_finished_output_is_written_again() {
+        let dir = TempDir::new().unwrap();
+        let target = OutputTarget::new(dir.path());
+        run_to_end(&target, plan(), Refuse);
+        fs::remove_file(dir.path().join("part-000000.parquet")).unwrap();
+        refused(open(&target, plan(), Refuse), ExitCode::CannotCreate, "--resume");
+        let sink = work(&target, plan(), Resume);
+        assert!(!dir.path().join(SUCCESS_NAME).exists());
+        drop(sink);
+        run_to_end(&target, plan(), Resume);
+        nothing_to_do(open(&target, plan(), Resume));
+    }
+
+    #[test]
+    fn stale_temporary_files_of_ours_go() {
+        each_target(|target, _| {
+            run_half(target, plan());
+            let stale = target.parts_dir().join(".part-000000.parquet.tmp-123-0123456789abcdef");
+            let not_ours = target.parts_dir().join(".part-000000.parquet.tmp");
+            fs::write(&stale, "half a part").unwrap();
+            fs::write(&not_ours, "").unwrap();
+            work(target, plan(), Resume);
+            assert!(!stale.exists());
+            assert!(not_ours.exists());
+        });
+    }
+
+    #[test]
+    fn a_second_run_is_told_to_wait() {
+        each_target(|target, _| {
+            let first = work(target, plan(), Refuse);
+            for on_existing in [Refuse, Resume, Overwrite] {
+                refused(open(target, plan(), on_existing), ExitCode::TryAgain, "another run");
+            }
+            drop(first);
+            work(target, plan(), Resume);
+        });
+    }
+
+    #[test]
+    fn a_missing_file_is_rebuilt_from_its_folder() {
+        each_target(|target, _| {
+            let sink = work(target, plan(), Refuse);
+            (0..2).for_each(|unit| write_unit(&sink, unit));
+            drop(sink);
+            let sink = work(target, plan(), Resume);
+            assert_eq!(sink.finished_units().len(), 2);
+            sink.complete(Value::Null).unwrap();
+            assert_eq!(nothing_to_do(open(target, plan(), Resume)).rows, 4);
+        });
+    }
+
+    #[test]
+    fn a_folder_beside_a_finished_file_is_cleaned_up() {
+        let dir = TempDir::new().unwrap();
+        let target = OutputTarget::new(dir.path().join("out.parquet"));
+        run_half(&target, plan());
+        let aside = TempDir::new().unwrap();
+        for name in names(&target.parts_dir()) {
+            fs::copy(target.parts_dir().join(&name), aside.path().join(&name)).unwrap();
+        }
+        run_to_end(&target, plan(), Resume);
+        fs::create_dir(target.parts_dir()).unwrap();
+        for name in names(aside.path()) {
+            fs::copy(aside.path().join(&name), target.parts_dir().join(&name)).unwrap();
+        }
+        nothing_to_do(open(&target, plan(), Refuse));
+        assert_eq!(names(dir.path()), ["out.parquet"]);
+    }
+
+    #[test]
+    fn ending_without_all_parts_is_refused() {
+        each_target(|target, _| {
+            let sink = work(target, plan(), Refuse);
+            write_unit(&sink, 1);
+            let error = sink.complete(Value::Null).unwrap_err();
+            assert!(error.to_string().contains("part-000000.parquet"), "{error}");
+            refused(open(target, plan(), Refuse), ExitCode::CannotCreate, "--resume");
+        });
+    }
+
+    #[test]
+    fn a_file_that_appears_meanwhile_is_not_replaced() {
+        let dir = TempDir::new().unwrap();
+        let target = OutputTarget::new(dir.path().join("out.jsonl"));
+        let sink = work(&target, plan(), Refuse);
+        (0..2).for_each(|unit| write_unit(&sink, unit));
+        fs::write(target.path(), "mine").unwrap();
+        assert_eq!(sink.complete(Value::Null).unwrap_err().exit_code(), ExitCode::CannotCreate);
+        assert_eq!(fs::read(target.path()).unwrap(), b"mine");
+        fs::remove_file(target.path()).unwrap();
+        work(&target, plan(), Resume).complete(Value::Null).unwrap();
+    }
+
+    #[test]
+    fn a_job_without_units_gives_the_columns() {
+        each_target(|target, _| {
+            let empty = PlanFile { units: 0, rows: 0, ..plan() };
+            work(target, empty.clone(), Refuse).complete(Value::Null).unwrap();
+            assert_eq!(nothing_to_do(open(target, empty, Refuse)).rows, 0);
+            let parquet = match target {
+                OutputTarget::Directory(path) => path.join(part_name(0)),
+                OutputTarget::File { path, format: OutputFormat::Parquet } => path.clone(),
+                OutputTarget::File { .. } => return,
+            };
+            let reader = ParquetRecordBatchReaderBuilder::try_new(File::open(parquet).unwrap()).unwrap();
+            assert_eq!(reader.schema().fields(), schema().fields());
+        });
+    }
+
+    #[test]
+    fn notes_may_differ() {
+        let dir = TempDir::new().unwrap();
+        let target = OutputTarget::new(dir.path());
+        run_half(&target, plan());
+        let sink = work(&target, PlanFile { notes: json!({"threads": 8}), ..plan() }, Resume);
+        assert_eq!(sink.changed_note(), Some("threads: 8, was 1"));
+        assert_eq!(sink.plan().notes, json!({"threads": 1}));
+    }
+
+    #[test]
+    fn the_same_job_gives_the_same_file() {
+        for ending in &ENDINGS[1..] {
+            let dir = TempDir::new().unwrap();
+            let files = ["a", "b"].map(|name| dir.path().join(name).join(ending));
+            run_to_end(&OutputTarget::new(&files[0]), plan(), Refuse);
+            let resumed = OutputTarget::new(&files[1]);
+            run_half(&resumed, PlanFile { notes: json!({"threads": 8}), ..plan() });
+            run_to_end(&resumed, plan(), Resume);
+            assert!(fs::read(&files[0]).unwrap() == fs::read(&files[1]).unwrap(), "{ending}");
+        }
+    }
+
+    #[test]
+    fn the_keys_of_an_input_of_ours_are_not_passed_on() {
+        let keys =
+            [("mistral_batch.unit", "3"), ("theirs", "kept")].map(|(key, value)| (key.to_owned(), value.to_owned()));
+        let schema = SchemaRef::new(Schema::new_with_metadata(schema().fields().clone(), keys.into()));
+        assert_eq!(without_our_keys(&schema).metadata().keys().collect::<Vec<_>>(), ["theirs"]);
     }
 }
