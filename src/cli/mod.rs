@@ -26,7 +26,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Classify(classify::ClassifyArgs),
+    Classify(Box<classify::ClassifyArgs>),
     Inspect(inspect::InspectArgs),
     Completions(completions::CompletionsArgs),
 }

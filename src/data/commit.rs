@@ -94,6 +94,14 @@ impl TempFile {
         Ok(Self { file, path })
     }
 
+    /// A second handle to write through, for writers that keep theirs and would lose the kind of an I/O error on the way.
+    ///
+    /// # Errors
+    /// [`Error::CannotCreate`] when the system has no more handles.
+    pub fn handle(&self) -> Result<File> {
+        self.file.try_clone().map_err(|error| cannot_create(&self.path, error))
+    }
+
     /// The name under which it is being written.
     pub fn path(&self) -> &Path {
         &self.path

@@ -73,6 +73,14 @@ impl OutputTarget {
         }
     }
 
+    /// What the output's files hold; a directory's parts are Parquet.
+    pub fn format(&self) -> OutputFormat {
+        match self {
+            Self::Directory(_) => OutputFormat::Parquet,
+            Self::File { format, .. } => *format,
+        }
+    }
+
     /// Where plan and parts live: the directory itself, or `.NAME.mistral-batch/` beside a single file.
     pub fn parts_dir(&self) -> PathBuf {
         match self {

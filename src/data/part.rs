@@ -94,7 +94,8 @@ pub(super) fn unit_of_name(name: &str) -> Option<usize> {
 ///
 /// It buffers at most one row group: encoded columns of about 64 MiB, or 1,048,576 rows.
 pub struct PartWriter {
-    writer: ArrowWriter<TempFile>,
+    writer: ArrowWriter<File>,
+    temp: TempFile,
     dir: PathBuf,
     footer: PartFooter,
 }
@@ -107,10 +108,9 @@ impl PartWriter {
     pub fn create(dir: &Path, unit: usize, schema: SchemaRef, footer: &PartFooter) -> Result<Self> {
         fault_point("before-write");
         let temp = TempFile::create(dir, &part_name(unit))?;
-        let path = temp.path().to_owned();
-        let writer = ArrowWriter::try_new(temp, schema, Some(writer_properties(Vec::new())?))
-            .map_err(|error| write_failed(&path, &error))?;
-        Ok(Self { writer, dir: dir.to_owned(), footer: PartFooter { unit, rows: 0, ..footer.clone() } })
+        let writer = ArrowWriter::try_new(temp.handle()?, schema, Some(writer_properties(Vec::new())?))
+            .map_err(|error| write_failed(temp.path(), &error))?;
+        Ok(Self { writer, temp, dir: dir.to_owned(), footer: PartFooter { unit, rows: 0, ..footer.clone() } })
     }
 
     /// Appends rows.
@@ -138,9 +138,9 @@ impl PartWriter {
         for key_value in self.footer.key_values() {
             self.writer.append_key_value_metadata(key_value);
         }
-        let temp = self.writer.into_inner().map_err(|error| write_failed(&place, &error))?;
+        self.writer.close().map_err(|error| write_failed(&place, &error))?;
         fault_point("after-write");
-        if temp.publish(&place)? == Published::AlreadyThere {
+        if self.temp.publish(&place)? == Published::AlreadyThere {
             let there = read_part_footer(&place)?;
             if !there.is_some_and(|there| there.same_unit(&self.footer) && there.rows == self.footer.rows) {
                 return Err(Error::CannotCreate {

@@ -179,7 +179,7 @@ fn concatenate(parts: &[PathBuf], schema: &SchemaRef, marks: &Marks, temp: TempF
     parquet::arrow::add_encoded_arrow_schema_to_metadata(schema, &mut properties);
     let columns = ArrowSchemaConverter::new().convert(schema).map_err(failed)?;
     let mut writer =
-        SerializedFileWriter::new(temp, columns.root_schema_ptr(), Arc::new(properties)).map_err(failed)?;
+        SerializedFileWriter::new(temp.handle()?, columns.root_schema_ptr(), Arc::new(properties)).map_err(failed)?;
     for part in parts {
         let (input, metadata) = open_parquet(part)?;
         if metadata.file_metadata().schema() != columns.root_schema() {
@@ -203,7 +203,8 @@ fn concatenate(parts: &[PathBuf], schema: &SchemaRef, marks: &Marks, temp: TempF
             group_writer.close().map_err(failed)?;
         }
     }
-    writer.into_inner().map_err(failed)
+    writer.close().map_err(failed)?;
+    Ok(temp)
 }
 
 fn open_parquet(path: &Path) -> Result<(File, ParquetMetaData)> {

@@ -68,11 +68,7 @@ impl Sink {
     /// [`Error::CannotCreate`], [`Error::InputChanged`] and [`Error::AnotherJob`] as the table has it,
     /// [`Error::OutputLocked`] when another run holds the output, [`Error::Usage`] when a column does not fit the format.
     pub fn open(target: &OutputTarget, schema: SchemaRef, plan: PlanFile, on_existing: OnExisting) -> Result<Opened> {
-        let format = match target {
-            OutputTarget::Directory(_) => OutputFormat::Parquet,
-            OutputTarget::File { format, .. } => *format,
-        };
-        check_format_supports(&schema, format)?;
+        check_format_supports(&schema, target.format())?;
         let plan = plan.as_stored()?;
         let dir = target.parts_dir();
         // Before a directory is made: a finished or refused output is left as it is.
@@ -120,6 +116,25 @@ impl Sink {
         let rows_digest = plan.rows_digest();
         let sink = Self { target, dir, plan, rows_digest, schema, finished, changed_note, _lock: lock };
         Ok(Opened::Work(Box::new(sink)))
+    }
+
+    /// Tells without touching anything whether [`Sink::open`] would refuse, or find nothing to do (`Some`).
+    ///
+    /// For a caller that wants to know before it loads a model.
+    ///
+    /// # Errors
+    /// As [`Sink::open`].
+    pub fn look(
+        target: &OutputTarget,
+        schema: &SchemaRef,
+        plan: &PlanFile,
+        on_existing: OnExisting,
+    ) -> Result<Option<SuccessFile>> {
+        check_format_supports(schema, target.format())?;
+        match Holding::of(target)?.decide(target, &plan.as_stored()?, on_existing)? {
+            Action::Nothing(success) => Ok(Some(success)),
+            _ => Ok(None),
+        }
     }
 
     /// The units that are committed already, with what their parts' footers say.
@@ -602,7 +617,8 @@ mod tests {
             refused(open(target, plan(), Refuse), ExitCode::CannotCreate, "--resume");
             for on_existing in [Resume, ResumeIfOurs] {
                 let sink = work(target, plan(), on_existing);
-                assert_eq!(sink.finished_units(), &BTreeMap::from([(1, 2)]));
+                let finished = sink.finished_units().iter().map(|(unit, footer)| (*unit, footer.rows));
+                assert_eq!(finished.collect::<Vec<_>>(), [(1, 2)]);
                 assert_eq!(sink.changed_note(), None);
             }
             let sink = work(target, plan(), Overwrite);

@@ -1,7 +1,7 @@
 //! Everything about a job that is known before a weight is read: its rows, its units, its columns, its fingerprint.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use arrow::datatypes::{Field, Schema, SchemaRef};
@@ -100,7 +100,6 @@ impl JobPlan {
             "where": spec.filter,
             "limit": spec.limit,
             "truth_column": spec.truth_column,
-            "unit_rows": unit_rows,
             "output_schema": output_schema.fields().iter().map(|f| format!("{}: {}", f.name(), f.data_type())).collect::<Vec<_>>(),
         });
         let notes = json!({ "model": checkpoint.name, "max_batch_tokens": spec.max_batch_tokens });
@@ -117,6 +116,23 @@ impl JobPlan {
             ("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
         ]);
         Ok(Self { dataset, units, output_schema, kept, filter, truth, file, footer, projection })
+    }
+
+    /// What was planned, in words.
+    pub fn describe(&self, checkpoint: &Checkpoint, spec: &JobSpec) -> Vec<String> {
+        let config = &checkpoint.config;
+        let window = config.sliding_window.map_or("no window".to_owned(), |window| format!("window {window}"));
+        vec![
+            format!("{}: {}, {window}, f32 on the CPU", checkpoint.dir.display(), config.architecture.class_name()),
+            format!("{} rows in {} file(s)", self.dataset.total_rows(), self.dataset.files.len()),
+            format!(
+                "{} rows planned in {} unit(s) of {}, batches of at most {} tokens",
+                self.file.rows,
+                self.units.len(),
+                self.file.unit_rows,
+                spec.max_batch_tokens
+            ),
+        ]
     }
 
     /// A reader over the given units' packing windows.
@@ -173,7 +189,7 @@ fn output_schema(dataset: &Dataset, kept: &[String], results: &[Field], prefix: 
     Ok(Arc::new(Schema::new(fields)))
 }
 
-fn truth_kind(dataset: &Dataset, column: Option<&str>, task: TaskKind, path: &PathBuf) -> Result<Option<TruthKind>> {
+fn truth_kind(dataset: &Dataset, column: Option<&str>, task: TaskKind, path: &Path) -> Result<Option<TruthKind>> {
     let Some(column) = column else { return Ok(None) };
     let field = dataset.column(column, "--truth-column")?;
     TruthKind::of(task, column, field.data_type(), path).map(Some)

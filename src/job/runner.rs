@@ -26,14 +26,36 @@ use crate::text::TextTokenizer;
 pub async fn run(spec: JobSpec, control: Arc<RunControl>) -> Result<RunReport> {
     let started = Instant::now();
     let spec = Arc::new(spec);
-    let opened = {
+    let checked = {
         let spec = spec.clone();
-        join(spawn_blocking(move || OpenJob::open(&spec))).await?
+        join(spawn_blocking(move || CheckedJob::new(&spec))).await?
     };
-    let Some(OpenJob { checkpoint, tokenizer, plan, sink }) = opened else {
+    let Some(CheckedJob { checkpoint, tokenizer, plan, target }) = checked else {
         return Ok(RunReport::new(&spec, "nothing_to_do", None));
     };
+    for line in plan.describe(&checkpoint, &spec) {
+        control.notice(line);
+    }
     control.check()?;
+    // Loaded before the output is touched, so that a checkpoint with bad weights leaves no trace there.
+    let engine = {
+        let spec = spec.clone();
+        join(spawn_blocking(move || load_engine(&spec, &checkpoint, tokenizer))).await?
+    };
+    control.check()?;
+    let opened = {
+        let (spec, plan) = (spec.clone(), plan.clone());
+        join(spawn_blocking(move || {
+            Sink::open(&target, plan.output_schema.clone(), plan.file.clone(), spec.on_existing)
+        }))
+        .await?
+    };
+    let Opened::Work(sink) = opened else {
+        return Ok(RunReport::new(&spec, "nothing_to_do", None));
+    };
+    if let Some(note) = sink.changed_note() {
+        control.notice(format!("resuming with other settings that do not change the job: {note}"));
+    }
 
     let mut total = UnitCounts::default();
     let mut pending = Vec::new();
@@ -48,16 +70,14 @@ pub async fn run(spec: JobSpec, control: Arc<RunControl>) -> Result<RunReport> {
     Counters::add(&control.counters.rows_total, pending.iter().map(|unit| unit.rows.end - unit.rows.start).sum());
 
     let (sink, this_run) = if pending.is_empty() {
-        (sink, PipelineTotals::default())
+        (*sink, PipelineTotals::default())
     } else {
-        let engine = {
-            let spec = spec.clone();
-            join(spawn_blocking(move || load_engine(&spec, &checkpoint, tokenizer))).await?
-        };
-        control.check()?;
-        pipeline::run(&spec, &plan, engine, sink, pending, total.failed_rows, &control).await?
+        pipeline::run(&spec, &plan, engine, *sink, pending, total.failed_rows, &control).await?
     };
     total += this_run.counts;
+    if plan.filter.is_none() && total.rows != plan.file.rows {
+        return Err(Error::Internal(format!("{} rows were written, {} were planned", total.rows, plan.file.rows)));
+    }
 
     let mut details = details(&plan, &total, &this_run, units_resumed);
     if let (Some(truth), Some(column)) = (plan.truth, &spec.truth_column) {
@@ -70,27 +90,27 @@ pub async fn run(spec: JobSpec, control: Arc<RunControl>) -> Result<RunReport> {
     Ok(RunReport::new(&spec, "done", Some(details)))
 }
 
-/// A job that is checked, planned, and holds its output.
-struct OpenJob {
+/// A job that was checked and planned, before a weight is read or the output is touched.
+struct CheckedJob {
     checkpoint: Checkpoint,
     tokenizer: TextTokenizer,
     plan: Arc<JobPlan>,
-    sink: Sink,
+    target: OutputTarget,
 }
 
-impl OpenJob {
-    /// Everything that can fail before a weight is read does so here; `None` when the output is finished already.
-    fn open(spec: &JobSpec) -> Result<Option<Self>> {
+impl CheckedJob {
+    /// Everything that can be told to be wrong so cheaply is; `None` when the output is finished already.
+    fn new(spec: &JobSpec) -> Result<Option<Self>> {
         let checkpoint = Checkpoint::open(&spec.model)?;
         let tokenizer = TextTokenizer::open(&checkpoint.dir, checkpoint.config.vocab_size)?;
         let max_length = max_length(spec, &checkpoint, &tokenizer)?;
         let tokenizer = tokenizer.with_limit(max_length, spec.overflow, spec.stride)?;
         let plan = JobPlan::new(spec, &checkpoint, &tokenizer, max_length)?;
         let target = OutputTarget::new(&spec.output);
-        match Sink::open(&target, plan.output_schema.clone(), plan.file.clone(), spec.on_existing)? {
-            Opened::NothingToDo(_) => Ok(None),
-            Opened::Work(sink) => Ok(Some(Self { checkpoint, tokenizer, plan: Arc::new(plan), sink })),
+        if Sink::look(&target, &plan.output_schema, &plan.file, spec.on_existing)?.is_some() {
+            return Ok(None);
         }
+        Ok(Some(Self { checkpoint, tokenizer, plan: Arc::new(plan), target }))
     }
 }
 

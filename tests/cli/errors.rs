@@ -167,7 +167,7 @@ fn a_full_disk_is_74_and_leaves_nothing_that_looks_whole() {
     // A file-size limit stands in for a full disk: both fail a write half way.
     let scratch = Scratch::new();
     let model = checkpoint("cls-nopad");
-    let texts: Vec<String> = (0..3000u32).map(|i| format!("{:x}", i.wrapping_mul(2654435761))).collect();
+    let texts: Vec<String> = (0..3000u64).map(|i| format!("{:x}", (i + 1).wrapping_mul(0x9e3779b97f4a7c15))).collect();
     let input = scratch.texts("in.parquet", texts.iter().map(|text| Some(text.as_str())));
     let output = scratch.arg("out");
     let script = format!(

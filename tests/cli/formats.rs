@@ -175,7 +175,7 @@ fn where_and_limit_choose_rows_across_units() {
     assert_eq!(choose("where", &["--where", "id % 10 = 3"]), (3..100).step_by(10).collect::<Vec<_>>());
     assert_eq!(choose("both", &["--where", "id % 10 = 3 AND length(text) > 5", "-L", "4"]), [3, 13, 23, 33]);
     assert_eq!(choose("more", &["--where", "id >= 95", "-L", "50"]), (95..100).collect::<Vec<_>>());
-    assert_eq!(choose("none", &["--where", "id < 0"]), []);
+    assert!(choose("none", &["--where", "id < 0"]).is_empty());
 }
 
 #[test]
@@ -209,5 +209,7 @@ fn long_texts_are_cut_left_right_or_in_chunks() {
     assert_eq!(truncated, [Some(false), Some(false)]);
     assert!(tokens[0] > whole_tokens[0], "overlapping chunks are more tokens than the text");
     assert!(right[0] != left[0] && right[0] != whole[0] && chunked[0] != right[0]);
-    assert!([right[1], left[1], chunked[1]].iter().all(|score| *score == whole[1]), "a short text stays as it is");
+    for short in [right[1], left[1], chunked[1]] {
+        assert!((short.unwrap() - whole[1].unwrap()).abs() < 1e-5, "a short text stays as it is");
+    }
 }
