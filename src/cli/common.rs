@@ -48,7 +48,7 @@ pub struct CommonArgs {
     filter: Option<String>,
 
     /// Only the first N rows, counted after --where
-    #[arg(short = 'L', long, value_name = "N", value_parser = count, help_heading = "Data")]
+    #[arg(short = 'L', long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Data")]
     limit: Option<u64>,
 
     /// Column that says what the result should be; the summary tells how well they agree
@@ -60,7 +60,7 @@ pub struct CommonArgs {
     model: String,
 
     /// Tokens of a text, special tokens included [default: the checkpoint's limit]
-    #[arg(long, value_name = "TOKENS", value_parser = count, help_heading = "Model")]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Model")]
     max_length: Option<u64>,
 
     /// What happens to a longer text
@@ -85,11 +85,11 @@ pub struct CommonArgs {
     max_batch_tokens: u64,
 
     /// Rows of a unit, which is committed as a whole [default: 4096, more for very large inputs]
-    #[arg(long, value_name = "ROWS", value_parser = count, help_heading = "Running")]
+    #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Running")]
     unit_rows: Option<u64>,
 
     /// Threads to compute with [default: all cores]
-    #[arg(long, value_name = "N", value_parser = count, help_heading = "Running")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Running")]
     threads: Option<u64>,
 
     /// Go on with an unfinished output of the same job

@@ -7,14 +7,16 @@ mod inspect;
 mod progress;
 mod values;
 
+use std::any::Any;
 use std::ffi::OsString;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode as ProcessExitCode;
 
 use clap::builder::BoolishValueParser;
 use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::error::{Error, ExitCode, Result};
+use crate::error::{Error, ExitCode, Result, one_line};
 
 /// Runs Mistral models over whole datasets, offline: Parquet, Arrow, CSV or JSONL in; the same rows with their results out.
 #[derive(Debug, Parser)]
@@ -43,8 +45,12 @@ Exit codes: 0 done; 64 usage; 65 input corrupt or too many failed rows; 66 no in
 
 /// Parses the process's arguments, runs the command, and says how it ended.
 pub fn main() -> ProcessExitCode {
+    // A panic is caught where it happens and told as an error, in one line; its trace is for those who ask for it.
+    if std::env::var_os("RUST_BACKTRACE").is_none_or(|wanted| wanted == "0") {
+        std::panic::set_hook(Box::new(|_| {}));
+    }
     let code = match parse(std::env::args_os()) {
-        Ok(cli) => match cli.run() {
+        Ok(cli) => match catch_unwind(AssertUnwindSafe(|| cli.run())).unwrap_or_else(|panic| Err(bug(&*panic))) {
             Ok(()) => ExitCode::Done,
             Err(error) => {
                 eprintln!("error: {error}");
@@ -61,6 +67,12 @@ pub fn main() -> ProcessExitCode {
         }
     };
     ProcessExitCode::from(code as u8)
+}
+
+/// The error of a panic that nothing else caught.
+fn bug(panic: &(dyn Any + Send)) -> Error {
+    let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    Error::Internal(format!("{}; RUST_BACKTRACE=1 tells where", one_line(text.unwrap_or("a panic"))))
 }
 
 fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {

@@ -114,26 +114,29 @@ fn watch(mode: ProgressMode, verbose: bool, bar: &ProgressBar, control: &RunCont
         let ending = done.load(Ordering::Relaxed);
         if verbose {
             for notice in control.take_notices() {
-                bar.suspend(|| eprintln!("{notice}"));
+                // A bar that was never drawn must not be: it has no length yet.
+                if bar.length().is_some() { bar.suspend(|| eprintln!("{notice}")) } else { eprintln!("{notice}") }
             }
         }
         if ending {
             return;
         }
-        let rows_done = Counters::get(&control.counters.rows_done);
-        // Rates count from the first result, so that loading a model does not look like slowness.
-        let started = *started.get_or_insert_with(Instant::now);
-        if last.elapsed() >= interval && Counters::get(&control.counters.rows_total) > 0 {
-            last = Instant::now();
-            show(mode, bar, &Snapshot::take(control, rows_done, started.elapsed()));
+        if Counters::get(&control.counters.rows_total) > 0 {
+            // Rates count from here, so that loading a model does not look like slowness.
+            let started = *started.get_or_insert_with(Instant::now);
+            if last.elapsed() >= interval {
+                last = Instant::now();
+                show(mode, bar, &Snapshot::take(control, started.elapsed()));
+            }
         }
         std::thread::sleep(POLL);
     }
 }
 
 impl Snapshot {
-    fn take(control: &RunControl, rows_done: u64, elapsed: Duration) -> Self {
+    fn take(control: &RunControl, elapsed: Duration) -> Self {
         let counters = &control.counters;
+        let rows_done = Counters::get(&counters.rows_done);
         let resumed = Counters::get(&counters.rows_resumed);
         let total = Counters::get(&counters.rows_total).saturating_sub(Counters::get(&counters.rows_filtered));
         let real_tokens = Counters::get(&counters.real_tokens);
