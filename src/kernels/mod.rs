@@ -5,7 +5,7 @@
 //! and 1 tokens have `cu_seq_lens = [0, 2, 7, 8]`, and token 3 is the second token of the second sequence.
 //!
 //! Each function is one candle custom op, so that another device adds its own forward beside the CPU's. The plain
-//! computation that they all have to agree with is in [`reference`].
+//! computation that they all have to agree with is in [`mod@reference`].
 
 mod cpu;
 mod heads;
