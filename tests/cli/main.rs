@@ -3,5 +3,6 @@
 mod errors;
 mod formats;
 mod goldens;
+mod heads;
 mod jobs;
 mod support;
