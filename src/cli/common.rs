@@ -14,9 +14,6 @@ use crate::error::{Error, Result, SIGINT, SIGTERM};
 use crate::job::{self, CommandSpec, DEFAULT_MAX_BATCH_TOKENS, JobSpec, RunControl, RunReport};
 use crate::text::Overflow;
 
-/// Tokens that neighbouring chunks of a text share.
-const DEFAULT_STRIDE: usize = 64;
-
 #[derive(Debug, Args)]
 pub struct CommonArgs {
     /// Dataset to read: a file, a glob, or a folder (with key=value subfolders as columns); repeatable
@@ -63,13 +60,13 @@ pub struct CommonArgs {
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Model")]
     max_length: Option<u64>,
 
-    /// What happens to a longer text
-    #[arg(long, value_enum, value_name = "HOW", default_value = "truncate-right", help_heading = "Model")]
-    overflow: OverflowArg,
+    /// What happens to a longer text [default: truncate-right]
+    #[arg(long, value_enum, value_name = "HOW", help_heading = "Model")]
+    overflow: Option<OverflowArg>,
 
-    /// Tokens that neighbouring chunks share under --overflow chunk
-    #[arg(long, value_name = "TOKENS", default_value_t = DEFAULT_STRIDE, help_heading = "Model")]
-    stride: usize,
+    /// Tokens that neighbouring chunks share under --overflow chunk [default: 64, less where the limit is short]
+    #[arg(long, value_name = "TOKENS", help_heading = "Model")]
+    stride: Option<usize>,
 
     /// Precision of the computation; checkpoints stored in half precision are computed in f32
     #[arg(long, value_enum, value_name = "DTYPE", default_value = "auto", help_heading = "Model")]
@@ -131,7 +128,7 @@ enum OverflowArg {
     TruncateLeft,
     /// Keep the beginning of the text
     TruncateRight,
-    /// Cut it into overlapping chunks and average their scores
+    /// Cut it into overlapping chunks and join their results
     Chunk,
     /// Fail the row
     Error,
@@ -211,12 +208,12 @@ impl CommonArgs {
             limit: self.limit,
             truth_column: self.truth_column,
             max_length: self.max_length.map(|tokens| tokens as usize),
-            overflow: match self.overflow {
+            overflow: self.overflow.map(|overflow| match overflow {
                 OverflowArg::TruncateLeft => Overflow::TruncateLeft,
                 OverflowArg::TruncateRight => Overflow::TruncateRight,
                 OverflowArg::Chunk => Overflow::Chunk,
                 OverflowArg::Error => Overflow::Error,
-            },
+            }),
             stride: self.stride,
             max_batch_tokens: self.max_batch_tokens as usize,
             unit_rows: self.unit_rows,

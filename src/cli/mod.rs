@@ -3,6 +3,7 @@
 mod classify;
 mod common;
 mod completions;
+mod embed;
 mod inspect;
 mod progress;
 mod values;
@@ -29,6 +30,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Classify(Box<classify::ClassifyArgs>),
+    Embed(Box<embed::EmbedArgs>),
     Inspect(inspect::InspectArgs),
     Completions(completions::CompletionsArgs),
 }
@@ -37,6 +39,7 @@ const AFTER_HELP: &str = "\
 Examples:
   mistral-batch classify -i tickets.parquet --model ./ticket-classifier -o tickets-labelled
   mistral-batch classify -i 'logs/*.jsonl' --text-column message --model org/name -o labelled.parquet
+  mistral-batch embed -i docs.parquet --model org/embedder --pooling mean --normalize -o vectors
   mistral-batch inspect ./ticket-classifier
 
 Every long flag of a command can be given as an environment variable, --max-length as MISTRAL_BATCH_MAX_LENGTH.
@@ -104,6 +107,7 @@ impl Cli {
     fn run(self) -> Result<()> {
         match self.command {
             Command::Classify(args) => args.run(),
+            Command::Embed(args) => args.run(),
             Command::Inspect(args) => args.run(),
             Command::Completions(args) => args.run(),
         }

@@ -1,14 +1,16 @@
 //! What is read off the hidden states: one file a head.
 
+mod embedding;
 mod sequence_classification;
 
 use arrow::array::ArrayRef;
 use arrow::datatypes::Field;
 
 use crate::batch::PackedBatch;
-use crate::error::Result;
-use crate::model::MistralModel;
+use crate::error::{Error, Result};
+use crate::model::{Architecture, Checkpoint, MistralModel};
 
+pub use embedding::{EmbedOptions, Embedding, Pooling};
 pub use sequence_classification::{ClassifyOptions, FunctionToApply, SequenceClassification, TaskKind, TopK};
 
 /// A head turns a batch into one output per sequence, and outputs into result columns.
@@ -41,4 +43,15 @@ impl HeadOutput {
     pub fn is_finite(&self) -> bool {
         self.0.iter().all(|value| value.is_finite())
     }
+}
+
+/// Refuses a checkpoint whose class is not one of those that `command` works with.
+fn check_architecture(checkpoint: &Checkpoint, command: &str, wanted: &[Architecture]) -> Result<()> {
+    let found = checkpoint.config.architecture;
+    if wanted.contains(&found) {
+        return Ok(());
+    }
+    let wanted: Vec<_> = wanted.iter().map(|wanted| wanted.class_name()).collect();
+    let message = format!("is a {}, but {command} needs a {}", found.class_name(), wanted.join(" or a "));
+    Err(Error::config(&checkpoint.dir, message))
 }

@@ -10,7 +10,7 @@ use arrow::datatypes::{DataType, Field, Fields};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::{Head, HeadOutput};
+use super::{Head, HeadOutput, check_architecture};
 use crate::batch::PackedBatch;
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Checkpoint, MistralModel, ProblemType};
@@ -101,14 +101,7 @@ impl SequenceClassification {
     /// As [`SequenceClassification::load`], but for the weights.
     pub fn plan(checkpoint: &Checkpoint, options: &ClassifyOptions) -> Result<(TaskKind, FunctionToApply)> {
         let config = &checkpoint.config;
-        if config.architecture != Architecture::SequenceClassification {
-            let message = format!(
-                "is a {}, but classify needs a {}",
-                config.architecture.class_name(),
-                Architecture::SequenceClassification.class_name()
-            );
-            return Err(Error::config(&checkpoint.dir, message));
-        }
+        check_architecture(checkpoint, "classify", &[Architecture::SequenceClassification])?;
         let task = match config.problem_type {
             // Several regression targets keep their names: they are listed like labels.
             Some(ProblemType::Regression) if config.num_labels() == 1 => TaskKind::Regression,

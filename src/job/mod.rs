@@ -1,5 +1,6 @@
 //! A job: what to run over which data, planned, run, and reported.
 
+mod command;
 mod control;
 mod pipeline;
 mod plan;
@@ -8,7 +9,8 @@ mod runner;
 mod spec;
 mod truth;
 
+pub use command::{CommandSpec, DEFAULT_STRIDE};
 pub use control::{Counters, RunControl};
 pub use report::{RunDetails, RunReport, UnitCounts};
 pub use runner::run;
-pub use spec::{CommandSpec, DEFAULT_MAX_BATCH_TOKENS, JobSpec};
+pub use spec::{DEFAULT_MAX_BATCH_TOKENS, JobSpec};

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use arrow::datatypes::{Field, Schema, SchemaRef};
 use serde_json::{Value, json};
 
-use super::spec::{CommandSpec, JobSpec};
+use super::spec::JobSpec;
 use super::truth::TruthKind;
 use crate::data::dataset::{Dataset, DatasetOptions};
 use crate::data::filter::RowFilter;
@@ -17,7 +17,6 @@ use crate::data::text_column::is_text;
 use crate::data::units::{Unit, cut_units, unit_rows};
 use crate::engine::common_fields;
 use crate::error::{Error, Result};
-use crate::heads::{SequenceClassification, TaskKind};
 use crate::model::Checkpoint;
 use crate::text::{Overflow, TextTokenizer};
 
@@ -58,13 +57,10 @@ impl JobPlan {
         let first_path = dataset.files.first().map(|file| file.path.clone()).unwrap_or_default();
         check_text_column(&dataset, &spec.text_column, &first_path)?;
 
-        let CommandSpec::Classify(options) = &spec.command;
-        let (task, _) = SequenceClassification::plan(checkpoint, options)?;
-        let results: Vec<Field> =
-            SequenceClassification::fields_of(task, options).into_iter().chain(common_fields()).collect();
+        let results: Vec<Field> = spec.command.fields(checkpoint)?.into_iter().chain(common_fields()).collect();
         let kept = kept_columns(&dataset, spec.keep.as_deref())?;
         let output_schema = output_schema(&dataset, &kept, &results, &spec.prefix)?;
-        let truth = truth_kind(&dataset, spec.truth_column.as_deref(), task, &first_path)?;
+        let truth = truth_kind(spec, checkpoint, &dataset, &first_path)?;
 
         let filter = spec.filter.as_deref().map(|sql| RowFilter::compile(sql, &dataset.schema)).transpose()?;
         let mut needed: Vec<String> = kept.clone();
@@ -89,14 +85,14 @@ impl JobPlan {
         let identity = checkpoint.identity();
         let settings = json!({
             "command": spec.command.name(),
-            "options": to_json(options)?,
+            "options": to_json(&spec.command)?,
             "checkpoint": to_json(&identity)?,
             "tokenizer_sha256": tokenizer.sha256(),
             "dtype": "f32",
             "text_column": spec.text_column,
             "max_length": max_length,
-            "overflow": to_json(&spec.overflow)?,
-            "stride": (spec.overflow == Overflow::Chunk).then_some(spec.stride),
+            "overflow": to_json(&spec.overflow())?,
+            "stride": (spec.overflow() == Overflow::Chunk).then(|| spec.stride(max_length)),
             "where": spec.filter,
             "limit": spec.limit,
             "truth_column": spec.truth_column,
@@ -189,10 +185,10 @@ fn output_schema(dataset: &Dataset, kept: &[String], results: &[Field], prefix: 
     Ok(Arc::new(Schema::new(fields)))
 }
 
-fn truth_kind(dataset: &Dataset, column: Option<&str>, task: TaskKind, path: &Path) -> Result<Option<TruthKind>> {
-    let Some(column) = column else { return Ok(None) };
+fn truth_kind(spec: &JobSpec, checkpoint: &Checkpoint, dataset: &Dataset, path: &Path) -> Result<Option<TruthKind>> {
+    let Some(column) = spec.truth_column.as_deref() else { return Ok(None) };
     let field = dataset.column(column, "--truth-column")?;
-    TruthKind::of(task, column, field.data_type(), path).map(Some)
+    spec.command.truth(checkpoint, column, field.data_type(), path).map(Some)
 }
 
 fn project(schema: &Schema, projection: &[String]) -> Schema {

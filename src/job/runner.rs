@@ -10,12 +10,11 @@ use super::control::{Counters, RunControl};
 use super::pipeline::{self, PipelineTotals};
 use super::plan::JobPlan;
 use super::report::{RunDetails, RunReport, UnitCounts};
-use super::spec::{CommandSpec, JobSpec};
+use super::spec::JobSpec;
 use crate::data::output::OutputTarget;
 use crate::data::sink::{Opened, Sink};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::heads::SequenceClassification;
 use crate::model::{Checkpoint, MistralModel};
 use crate::text::TextTokenizer;
 
@@ -104,7 +103,7 @@ impl CheckedJob {
         let checkpoint = Checkpoint::open(&spec.model)?;
         let tokenizer = TextTokenizer::open(&checkpoint.dir, checkpoint.config.vocab_size)?;
         let max_length = max_length(spec, &checkpoint, &tokenizer)?;
-        let tokenizer = tokenizer.with_limit(max_length, spec.overflow, spec.stride)?;
+        let tokenizer = spec.command.tokenizer(spec, &checkpoint, tokenizer, max_length)?;
         let plan = JobPlan::new(spec, &checkpoint, &tokenizer, max_length)?;
         let target = OutputTarget::new(&spec.output);
         if Sink::look(&target, &plan.output_schema, &plan.file, spec.on_existing)?.is_some() {
@@ -129,9 +128,8 @@ fn max_length(spec: &JobSpec, checkpoint: &Checkpoint, tokenizer: &TextTokenizer
 fn load_engine(spec: &JobSpec, checkpoint: &Checkpoint, tokenizer: TextTokenizer) -> Result<Engine> {
     let device = Device::Cpu;
     let model = MistralModel::load(checkpoint, &device)?;
-    let CommandSpec::Classify(options) = &spec.command;
-    let head = SequenceClassification::load(checkpoint, options.clone(), &device)?;
-    Ok(Engine::new(model, Box::new(head), tokenizer, spec.max_batch_tokens))
+    let head = spec.command.head(checkpoint, &device)?;
+    Ok(Engine::new(model, head, tokenizer, spec.max_batch_tokens))
 }
 
 fn details(plan: &JobPlan, total: &UnitCounts, this_run: &PipelineTotals, units_resumed: u64) -> RunDetails {

@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
+use super::command::{CommandSpec, DEFAULT_STRIDE};
 use crate::data::InputFormat;
 use crate::data::sink::OnExisting;
-use crate::heads::ClassifyOptions;
 use crate::text::Overflow;
 
 /// Padded tokens of a batch on the CPU: enough rows for fast products, little enough memory.
@@ -35,9 +35,10 @@ pub struct JobSpec {
     pub truth_column: Option<String>,
     /// Tokens of a text, special tokens included; the checkpoint's limit when `None`.
     pub max_length: Option<usize>,
-    pub overflow: Overflow,
+    /// What happens to a longer text; what suits the command when `None`.
+    pub overflow: Option<Overflow>,
     /// Tokens that neighbouring chunks share.
-    pub stride: usize,
+    pub stride: Option<usize>,
     /// Padded tokens of a batch.
     pub max_batch_tokens: usize,
     /// Rows of a unit.
@@ -46,17 +47,14 @@ pub struct JobSpec {
     pub max_errors: Option<u64>,
 }
 
-/// The command of a job with its own settings.
-#[derive(Debug, Clone)]
-pub enum CommandSpec {
-    Classify(ClassifyOptions),
-}
+impl JobSpec {
+    /// What happens to a text over the limit.
+    pub fn overflow(&self) -> Overflow {
+        self.overflow.unwrap_or(self.command.default_overflow())
+    }
 
-impl CommandSpec {
-    /// The command's name on the command line.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Classify(_) => "classify",
-        }
+    /// Tokens that neighbouring chunks of at most `max_length` tokens share.
+    pub fn stride(&self, max_length: usize) -> usize {
+        self.stride.unwrap_or(DEFAULT_STRIDE.min(max_length / 4))
     }
 }

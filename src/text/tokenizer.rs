@@ -52,6 +52,8 @@ pub struct TextTokenizer {
     tokenizer: Tokenizer,
     max_length: usize,
     overflow: Overflow,
+    /// Closes every text or chunk, beside what the tokenizer adds.
+    appended: Option<u32>,
     vocab_size: usize,
     sha256: String,
     config: TokenizerConfig,
@@ -123,6 +125,7 @@ impl TextTokenizer {
             tokenizer,
             max_length: usize::MAX,
             overflow: Overflow::Error,
+            appended: None,
             vocab_size,
             sha256: format!("{:x}", hash.finalize()),
             config,
@@ -135,7 +138,7 @@ impl TextTokenizer {
     /// # Errors
     /// [`Error::Usage`] when special tokens and overlap leave no room for text.
     pub fn with_limit(mut self, max_length: usize, overflow: Overflow, stride: usize) -> Result<Self> {
-        let special_tokens = self.special_tokens_per_text();
+        let special_tokens = self.special_tokens_per_text() + usize::from(self.appended.is_some());
         let overlap = if overflow == Overflow::Chunk { stride } else { 0 };
         if max_length <= special_tokens + overlap {
             let message = format!(
@@ -151,13 +154,29 @@ impl TextTokenizer {
         };
         let truncation = direction.map(|direction| TruncationParams {
             direction,
-            max_length,
+            max_length: max_length - usize::from(self.appended.is_some()),
             stride: overlap,
             strategy: TruncationStrategy::LongestFirst,
         });
         self.tokenizer.with_truncation(truncation).map_err(|error| Error::Usage(format!("--max-length: {error}")))?;
         self.max_length = max_length;
         self.overflow = overflow;
+        Ok(self)
+    }
+
+    /// Ends every text, or chunk of one, with the end-of-sequence token, as e5-mistral was trained with.
+    ///
+    /// It is the tokenizer's, else `model_eos`. A tokenizer that ends texts so itself stays as it is.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when neither names one.
+    pub fn with_appended_eos(mut self, model_eos: Option<u32>) -> Result<Self> {
+        let own = self.config.eos_token.as_ref().and_then(|token| self.tokenizer.token_to_id(token.text()));
+        let Some(eos) = own.or(model_eos) else {
+            return Err(Error::config(&self.path, "has no end-of-sequence token for --append-eos to append"));
+        };
+        let empty = self.tokenizer.encode_fast("", true).map_err(|error| Error::config(&self.path, error))?;
+        self.appended = (empty.get_ids().last() != Some(&eos)).then_some(eos);
         Ok(self)
     }
 
@@ -208,11 +227,12 @@ impl TextTokenizer {
             .map_err(|error| format!("the tokenizer failed: {error}"))?;
         let overflowing = encoding.get_overflowing();
         let truncated = !overflowing.is_empty() && self.overflow != Overflow::Chunk;
-        let chunks: Vec<Vec<u32>> = if truncated {
+        let mut chunks: Vec<Vec<u32>> = if truncated {
             vec![encoding.get_ids().to_vec()]
         } else {
             std::iter::once(&encoding).chain(overflowing).map(|chunk| chunk.get_ids().to_vec()).collect()
         };
+        chunks.iter_mut().for_each(|chunk| chunk.extend(self.appended));
         let longest = chunks.iter().map(Vec::len).max().unwrap_or(0);
         if longest == 0 {
             return Err("the text has no tokens, and the tokenizer adds none".into());

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::support::*;
 
-fn golden(name: &str) -> Vec<Value> {
+pub fn golden(name: &str) -> Vec<Value> {
     let text = std::fs::read_to_string(project(&format!("tests/goldens/goldens/{name}.json"))).unwrap();
     let golden: Value = serde_json::from_str(&text).unwrap();
     golden["rows"].as_array().unwrap().clone()

@@ -3,6 +3,7 @@
 mod errors;
 mod formats;
 mod goldens;
+mod heads;
 mod jobs;
 mod kills;
 mod support;

@@ -1,0 +1,109 @@
+//! The commands with a model: what each needs of a checkpoint, and the head that serves it.
+//!
+//! The one place where a command meets its head; everything else about a job is the same for all of them.
+
+use std::path::Path;
+
+use arrow::datatypes::{DataType, Field};
+use candle_core::Device;
+use serde::Serialize;
+
+use super::spec::JobSpec;
+use super::truth::TruthKind;
+use crate::error::{Error, Result};
+use crate::heads::{ClassifyOptions, EmbedOptions, Embedding, Head, SequenceClassification};
+use crate::model::Checkpoint;
+use crate::text::{Overflow, TextTokenizer};
+
+/// Tokens that neighbouring chunks share where nothing is said, or a quarter of a limit that is shorter than four times that.
+pub const DEFAULT_STRIDE: usize = 64;
+
+/// The command of a job with its own settings.
+#[derive(Debug, Clone, Serialize)]
+#[serde(untagged)]
+pub enum CommandSpec {
+    Classify(ClassifyOptions),
+    Embed(EmbedOptions),
+}
+
+impl CommandSpec {
+    /// The command's name on the command line.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Classify(_) => "classify",
+            Self::Embed(_) => "embed",
+        }
+    }
+
+    /// The columns that the command appends, before those of every command; no weight is read.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the checkpoint has another head, [`Error::Usage`] when an option does not fit it.
+    pub fn fields(&self, checkpoint: &Checkpoint) -> Result<Vec<Field>> {
+        match self {
+            Self::Classify(options) => {
+                let (task, _) = SequenceClassification::plan(checkpoint, options)?;
+                Ok(SequenceClassification::fields_of(task, options))
+            }
+            Self::Embed(_) => {
+                Embedding::check(checkpoint)?;
+                Ok(Embedding::fields_of(checkpoint.config.hidden_size))
+            }
+        }
+    }
+
+    /// Loads the command's head.
+    ///
+    /// # Errors
+    /// As [`CommandSpec::fields`], and when the head's weights are unusable.
+    pub fn head(&self, checkpoint: &Checkpoint, device: &Device) -> Result<Box<dyn Head>> {
+        Ok(match self {
+            Self::Classify(options) => Box::new(SequenceClassification::load(checkpoint, options.clone(), device)?),
+            Self::Embed(options) => Box::new(Embedding::new(checkpoint, *options)?),
+        })
+    }
+
+    /// How results compare with a truth column of type `truth`.
+    ///
+    /// # Errors
+    /// [`Error::ColumnType`] when they do not, [`Error::Usage`] when the command's results are no predictions.
+    pub fn truth(&self, checkpoint: &Checkpoint, column: &str, truth: &DataType, path: &Path) -> Result<TruthKind> {
+        match self {
+            Self::Classify(options) => {
+                let (task, _) = SequenceClassification::plan(checkpoint, options)?;
+                TruthKind::of(task, column, truth, path)
+            }
+            Self::Embed(_) => Err(Error::Usage(format!(
+                "--truth-column does not fit {}: its results are not predictions that could be right",
+                self.name()
+            ))),
+        }
+    }
+
+    /// What happens to a long text where nothing is said.
+    pub fn default_overflow(&self) -> Overflow {
+        match self {
+            Self::Classify(_) | Self::Embed(_) => Overflow::TruncateRight,
+        }
+    }
+
+    /// Sets the tokenizer up for the command, with texts of at most `max_length` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when the limit leaves no room for text, [`Error::Config`] when a token that is needed is missing.
+    pub fn tokenizer(
+        &self,
+        spec: &JobSpec,
+        checkpoint: &Checkpoint,
+        tokenizer: TextTokenizer,
+        max_length: usize,
+    ) -> Result<TextTokenizer> {
+        let tokenizer = match self {
+            Self::Embed(EmbedOptions { append_eos: true, .. }) => {
+                tokenizer.with_appended_eos(checkpoint.config.eos_token_ids.first().copied())?
+            }
+            _ => tokenizer,
+        };
+        tokenizer.with_limit(max_length, spec.overflow(), spec.stride(max_length))
+    }
+}

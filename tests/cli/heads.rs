@@ -1,0 +1,166 @@
+//! The other heads, through the command line: results equal to transformers', and what their flags promise.
+
+use arrow::array::{AsArray, RecordBatch};
+use arrow::datatypes::Float32Type;
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+use super::goldens::golden;
+use super::support::*;
+
+/// Runs a command on `texts` with a golden checkpoint.
+fn run_on(command: &str, name: &str, texts: &[Option<&str>], extra: &[&str]) -> RecordBatch {
+    let scratch = Scratch::new();
+    let input = scratch.texts("in.parquet", texts.iter().copied());
+    let (output, model) = (scratch.arg("out"), checkpoint(name));
+    // A small budget, so that rows share batches with rows of other lengths.
+    let mut args = vec![command, "-i", &input, "-o", &output, "--model", &model, "--max-batch-tokens", "256"];
+    args.extend(extra);
+    succeed(&args);
+    let results = read_parquet(&output);
+    assert_eq!(results.num_rows(), texts.len());
+    results
+}
+
+/// Runs a command on a golden set's texts.
+fn run_golden(command: &str, name: &str, extra: &[&str]) -> (Vec<Value>, RecordBatch) {
+    let rows = golden(name);
+    let texts: Vec<_> = rows.iter().map(|row| row["text"].as_str()).collect();
+    let results = run_on(command, name, &texts, extra);
+    for (row, tokens) in rows.iter().zip(counts(&results, "num_tokens")) {
+        assert_eq!(tokens.unwrap() as usize, row["input_ids"].as_array().unwrap().len());
+    }
+    assert!(strings(&results, "error").iter().all(Option::is_none));
+    (rows, results)
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap()).collect()
+}
+
+#[track_caller]
+fn all_close(ours: &[f32], theirs: &[f64], what: &str) {
+    assert_eq!(ours.len(), theirs.len(), "{what}");
+    for (ours, theirs) in ours.iter().zip(theirs) {
+        assert!((f64::from(*ours) - theirs).abs() < 1e-4, "{what}: {ours}, transformers has {theirs}");
+    }
+}
+
+fn embeddings(batch: &RecordBatch) -> Vec<Option<Vec<f32>>> {
+    let column = batch.column_by_name("embedding").unwrap().as_fixed_size_list();
+    column.iter().map(|row| row.map(|row| row.as_primitive::<Float32Type>().values().to_vec())).collect()
+}
+
+fn length(vector: &[f32]) -> f32 {
+    vector.iter().map(|value| value * value).sum::<f32>().sqrt()
+}
+
+#[test]
+fn embeddings_equal_transformers_for_each_pooling() {
+    for (flags, key) in [
+        (&[][..], "last_pooled_f64"),
+        (&["--pooling", "mean"], "mean_pooled_f64"),
+        (&["--pooling", "mean", "--normalize"], "mean_pooled_unit_f64"),
+    ] {
+        let (rows, results) = run_golden("embed", "embedder", flags);
+        for (i, (row, ours)) in rows.iter().zip(embeddings(&results)).enumerate() {
+            all_close(&ours.unwrap(), &numbers(&row[key]), &format!("row {i} {key}"));
+        }
+    }
+}
+
+#[test]
+fn last_embeddings_equal_the_f32_hidden_states() {
+    let arrays = std::fs::read(project("tests/goldens/goldens/embedder.safetensors")).unwrap();
+    let arrays = SafeTensors::deserialize(&arrays).unwrap();
+    let (rows, results) = run_golden("embed", "embedder", &["--pooling", "last"]);
+    for (i, (row, ours)) in rows.iter().zip(embeddings(&results)).enumerate() {
+        let name = row["last_hidden_state_f32"].as_str().unwrap().strip_prefix('@').unwrap();
+        let tensor = arrays.tensor(name).unwrap();
+        let values: Vec<f64> =
+            tensor.data().chunks(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()).into()).collect();
+        let ours = ours.unwrap();
+        all_close(&ours, &values[values.len() - ours.len()..], &format!("row {i}"));
+    }
+}
+
+#[test]
+fn an_appended_eos_is_the_literal_one_and_counts_towards_the_limit() {
+    let texts = ["Hello world", "", "one two three four five six seven eight nine"];
+    let literal: Vec<String> = texts.iter().map(|text| format!("{text}</s>")).collect();
+    let literal: Vec<_> = literal.iter().map(|text| Some(text.as_str())).collect();
+    let texts = texts.map(Some);
+    let appended = run_on("embed", "embedder", &texts, &["--append-eos"]);
+    let expected = run_on("embed", "embedder", &literal, &[]);
+    assert_eq!(counts(&appended, "num_tokens"), counts(&expected, "num_tokens"));
+    for (ours, expected) in embeddings(&appended).into_iter().zip(embeddings(&expected)) {
+        all_close(&ours.unwrap(), &expected.unwrap().into_iter().map(f64::from).collect::<Vec<_>>(), "eos");
+    }
+
+    let limited = run_on("embed", "embedder", &texts, &["--append-eos", "--max-length", "8"]);
+    assert_eq!(counts(&limited, "num_tokens"), [Some(8), Some(2), Some(8)]);
+    assert_eq!(flags(&limited, "truncated"), [Some(false), Some(false), Some(true)]);
+    let chunked = ["--append-eos", "--max-length", "8", "--overflow", "chunk", "--stride", "0"];
+    let chunked = run_on("embed", "embedder", &texts, &chunked);
+    // Each chunk has a BOS and an EOS of its own.
+    let whole = counts(&expected, "num_tokens")[2].unwrap() - 2;
+    assert_eq!(counts(&chunked, "num_tokens")[2], Some(whole + 2 * whole.div_ceil(6)));
+}
+
+#[test]
+fn a_long_texts_embedding_is_scaled_after_its_chunks_were_joined() {
+    let rows = golden("embedder");
+    let long = rows.last().unwrap()["text"].as_str();
+    let texts = [long, None, Some("short")];
+    let flags_given = ["--overflow", "chunk", "--max-length", "64", "--pooling", "mean", "--normalize"];
+    let results = run_on("embed", "embedder", &texts, &flags_given);
+    let ours = embeddings(&results);
+    assert!((length(ours[0].as_ref().unwrap()) - 1.0).abs() < 1e-5);
+    assert_eq!(ours[1], None);
+    assert!(counts(&results, "num_tokens")[0].unwrap() > 365);
+    assert!(flags(&results, "truncated").iter().all(|truncated| *truncated == Some(false)));
+}
+
+#[test]
+fn embeddings_are_written_in_every_format() {
+    let scratch = Scratch::new();
+    let input = scratch.texts("in.parquet", [Some("a"), None]);
+    let model = checkpoint("embedder");
+    for name in ["out.jsonl", "out.csv", "out.arrow", "out.parquet"] {
+        let output = scratch.arg(name);
+        succeed(&["embed", "-i", &input, "-o", &output, "--model", &model]);
+        assert!(std::fs::metadata(output).unwrap().len() > 64 * 4, "{name}");
+    }
+    let lines = std::fs::read_to_string(scratch.path("out.jsonl")).unwrap();
+    let first: Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
+    assert_eq!(first["embedding"].as_array().unwrap().len(), 64);
+}
+
+#[test]
+fn a_command_refuses_checkpoints_of_other_classes() {
+    let scratch = Scratch::new();
+    let input = scratch.texts("in.parquet", [Some("a")]);
+    let output = scratch.arg("out");
+    for (command, name, found, wanted) in [(
+        "embed",
+        "cls-nopad",
+        "MistralForSequenceClassification",
+        "embed needs a MistralModel or a MistralForCausalLM",
+    )] {
+        let message = fail(78, &[command, "-i", &input, "-o", &output, "--model", &checkpoint(name)]);
+        assert!(message.contains(found) && message.contains(wanted), "{message}");
+    }
+    assert!(!scratch.path("out").exists());
+}
+
+#[test]
+fn results_that_are_no_predictions_have_no_truth() {
+    let scratch = Scratch::new();
+    let input = scratch.texts("in.parquet", [Some("a")]);
+    let output = scratch.arg("out");
+    for (command, name) in [("embed", "embedder")] {
+        let model = checkpoint(name);
+        let message = fail(64, &[command, "-i", &input, "-o", &output, "--model", &model, "--truth-column", "text"]);
+        assert!(message.contains(&format!("--truth-column does not fit {command}")), "{message}");
+    }
+}
