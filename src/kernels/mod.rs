@@ -11,7 +11,10 @@ mod cpu;
 mod heads;
 pub mod reference;
 
-pub use cpu::{add_rms_norm, rms_norm, rotary_embedding, swiglu, varlen_attention};
+pub use cpu::{
+    KvRing, add_rms_norm, cached_attention, pack_linear, packed_linear, rms_norm, rotary_embedding, swiglu,
+    varlen_attention,
+};
 pub use heads::HeadLayout;
 
 #[cfg(test)]

@@ -250,3 +250,77 @@ fn swiglu_equals_the_oracle() -> Result<()> {
     assert!(swiglu(&random((4, 7), 1)?).is_err());
     Ok(())
 }
+
+/// Feeds a sequence of `len` tokens to a ring in steps of `steps` tokens, over and over.
+fn in_steps(qkv: &Tensor, steps: &[usize], heads: HeadLayout, window: Option<usize>) -> Result<Tensor> {
+    let len = qkv.dim(0)?;
+    let mut ring = KvRing::new(heads, window.map_or(len, |window| window.min(len)));
+    let (mut past, mut outputs) = (0, Vec::new());
+    for step in steps.iter().cycle() {
+        let new = (*step).min(len - past);
+        let tokens = qkv.narrow(0, past, new)?;
+        outputs.push(cached_attention(&tokens, &[0, new as u32], &[past], &mut [&mut ring], heads, window)?);
+        past += new;
+        if past == len {
+            break;
+        }
+    }
+    Tensor::cat(&outputs, 0)
+}
+
+#[test]
+fn cached_attention_equals_the_oracle_around_the_window() -> Result<()> {
+    for (i, heads) in LAYOUTS.into_iter().enumerate() {
+        for window in [1, 2, 16, 63, 64, 65, 100] {
+            for len in [window - 1, window, window + 1, 2 * window, 3 * window + 5] {
+                if len == 0 {
+                    continue;
+                }
+                let qkv = (random((len, heads.qkv_width()), i as u64)? * 2.0)?;
+                for window in [None, Some(window)] {
+                    let expected = reference_attention(&qkv, &[len], heads, window)?;
+                    for steps in [&[1][..], &[len / 2 + 1, 1], &[3, 1, 4]] {
+                        let distance = distance(&in_steps(&qkv, steps, heads, window)?, &expected)?;
+                        assert!(distance < 5e-6, "{len} {heads:?} window {window:?} steps {steps:?}: {distance:e}");
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_cached_sequence_is_the_same_alone_and_in_a_batch() -> Result<()> {
+    let heads = LAYOUTS[0];
+    let (past, new) = ([70, 0, 5, 0], [1u32, 30, 2, 1]);
+    let qkv = random((34, heads.qkv_width()), 7)?;
+    let ring_of = |past: usize| -> Result<KvRing> {
+        let mut ring = KvRing::new(heads, 40);
+        let tokens = random((past.max(1), heads.qkv_width()), past as u64)?.narrow(0, 0, past)?;
+        cached_attention(&tokens, &[0, past as u32], &[0], &mut [&mut ring], heads, Some(40))?;
+        Ok(ring)
+    };
+    let mut rings = past.iter().map(|&past| ring_of(past)).collect::<Result<Vec<_>>>()?;
+    let offsets = cumulative(&new.map(|n| n as usize));
+    let mut together: Vec<_> = rings.iter_mut().collect();
+    let together = cached_attention(&qkv, &offsets, &past, &mut together, heads, Some(40))?;
+    for b in 0..4 {
+        let own = qkv.narrow(0, offsets[b] as usize, new[b] as usize)?;
+        let alone = cached_attention(&own, &[0, new[b]], &past[b..=b], &mut [&mut ring_of(past[b])?], heads, Some(40))?;
+        assert_eq!(flat(&alone)?, flat(&together.narrow(0, offsets[b] as usize, new[b] as usize)?)?, "sequence {b}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_ring_of_the_wrong_size_is_refused() -> Result<()> {
+    let heads = LAYOUTS[1];
+    let qkv = random((4, heads.qkv_width()), 1)?;
+    for (capacity, past, window) in [(3, 0, None), (7, 4, None), (9, 6, Some(8)), (4, 6, Some(8))] {
+        let mut ring = KvRing::new(heads, capacity);
+        let output = cached_attention(&qkv, &[0, 4], &[past], &mut [&mut ring], heads, window);
+        assert!(output.is_err(), "{capacity} slots, {past} past, window {window:?}");
+    }
+    Ok(())
+}

@@ -3,6 +3,8 @@
 mod checkpoint;
 mod config;
 mod hub;
+mod kv_cache;
+mod linear;
 mod mistral;
 pub mod reference;
 mod rotary;
@@ -10,5 +12,8 @@ mod weights;
 
 pub use checkpoint::{Checkpoint, CheckpointIdentity};
 pub use config::{Architecture, MistralConfig, ProblemType};
+pub use kv_cache::KvCache;
+pub(crate) use linear::Linear;
+pub use linear::WeightLayout;
 pub use mistral::MistralModel;
 pub use weights::Weights;

@@ -6,7 +6,6 @@
 use candle_core::{Result, Tensor};
 
 use super::MistralModel;
-use super::mistral::linear;
 use crate::batch::LeftPaddedBatch;
 use crate::kernels::reference as plain;
 
@@ -31,17 +30,17 @@ pub fn padded_forward(model: &MistralModel, batch: &LeftPaddedBatch) -> Result<T
     let mut hidden_states = model.embed_tokens.index_select(&input_ids, 0)?; // [B·T, hidden]
     for layer in &model.layers {
         let normed = plain::rms_norm(&hidden_states, &layer.input_layernorm, config.rms_norm_eps)?;
-        let qkv = plain::rotary_embedding(&linear(&normed, &layer.qkv_proj)?, &cos, &sin, config.heads())?;
+        let qkv = plain::rotary_embedding(&layer.qkv_proj.forward(&normed)?, &cos, &sin, config.heads())?;
         let part = |first: usize, heads: usize| {
             qkv.narrow(1, first * d, heads * d)?.reshape((b, t, heads, d))?.transpose(1, 2)?.contiguous()
         };
         let context = plain::padded_attention(&part(0, h)?, &part(h, k)?, &part(h + k, k)?, &mask)?; // [B, H, T, D]
         let context = context.transpose(1, 2)?.reshape((b * t, h * d))?;
-        let residual = (hidden_states + linear(&context, &layer.o_proj)?)?;
+        let residual = (hidden_states + layer.o_proj.forward(&context)?)?;
 
         let normed = plain::rms_norm(&residual, &layer.post_attention_layernorm, config.rms_norm_eps)?;
-        let activated = plain::swiglu(&linear(&normed, &layer.gate_up_proj)?)?;
-        hidden_states = (residual + linear(&activated, &layer.down_proj)?)?;
+        let activated = plain::swiglu(&layer.gate_up_proj.forward(&normed)?)?;
+        hidden_states = (residual + layer.down_proj.forward(&activated)?)?;
     }
     plain::rms_norm(&hidden_states, &model.norm, config.rms_norm_eps)?.reshape((b, t, config.hidden_size))
 }

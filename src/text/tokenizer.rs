@@ -245,6 +245,16 @@ impl TextTokenizer {
         }
         Ok(Tokenized { chunks, truncated })
     }
+
+    /// The text of `token_ids`, special tokens left out; ids beyond the tokenizer's vocabulary have none.
+    ///
+    /// # Errors
+    /// A message for the row's `error` column.
+    pub fn decode(&self, token_ids: &[u32]) -> Result<String, String> {
+        catch_unwind(AssertUnwindSafe(|| self.tokenizer.decode(token_ids, true)))
+            .map_err(|_| "the tokenizer panicked on these tokens".to_owned())?
+            .map_err(|error| format!("the tokenizer failed: {error}"))
+    }
 }
 
 impl TokenizerConfig {

@@ -9,24 +9,26 @@
 //! neither the rest of the batch nor the number of threads can change a bit of it.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::contiguous;
+use super::output::SharedOutput;
 use super::simd::{Kernel, Level, Simd, dispatch_at, exp};
 use crate::kernels::HeadLayout;
 
 /// Rows of a register tile.
-const TILE_ROWS: usize = 6;
+pub(super) const TILE_ROWS: usize = 6;
 /// Keys of a block: its keys and values of 64 columns are 32 KiB.
-const BLOCK: usize = 64;
+pub(super) const BLOCK: usize = 64;
 /// Columns are computed in steps of the widest vector, on every CPU.
-const STEP: usize = 16;
+pub(super) const STEP: usize = 16;
 /// Rows that a task should have: the packing of a key block is paid back over them.
 const TASK_ROWS: usize = 256;
 /// The largest score of a row that has seen no key: finite, so that the difference of two of them is no NaN.
-const NO_SCORE: f32 = f32::MIN / 2.0;
+pub(super) const NO_SCORE: f32 = f32::MIN / 2.0;
 
 /// Causal grouped-query attention of `qkv [N, (H + 2K)·D]`, already rotated, to `[N, H·D]`; scores are scaled by `1/√D`.
 ///
@@ -60,49 +62,43 @@ impl CustomOp1 for VarlenAttention {
         }
         let qkv = contiguous(qkv, layout, "attention")?;
         let mut output = vec![0f32; tokens * self.heads.query_width()];
-        let shared = SharedOutput { values: output.as_mut_ptr(), len: output.len() };
-        let window = self.window.unwrap_or(usize::MAX);
-        let (heads, tile_tokens) = (self.heads, tile_tokens(self.heads));
-        self.tasks(tile_tokens).into_par_iter().for_each(|(sequence, kv_head, first_query)| {
-            let (begin, end) = (self.cu_seq_lens[sequence], self.cu_seq_lens[sequence + 1]);
-            let queries = first_query..(first_query + tile_tokens).min(end - begin);
-            SCRATCH.with_borrow_mut(|scratch| {
-                dispatch_at(self.level, Task { qkv, heads, window, begin, kv_head, queries, output: shared, scratch });
-            });
-        });
-        Ok((CpuStorage::F32(output), Shape::from((tokens, heads.query_width()))))
+        let sequences: Vec<_> = offsets.windows(2).map(|bounds| bounds[0]..bounds[1]).collect();
+        attend(self.level, qkv, &sequences, self.heads, self.window, SharedOutput::new(&mut output));
+        Ok((CpuStorage::F32(output), Shape::from((tokens, self.heads.query_width()))))
     }
 }
 
-impl VarlenAttention {
-    /// The (sequence, key head, first query token of the tile) of every task; the three name disjoint output.
-    fn tasks(&self, tile_tokens: usize) -> Vec<(usize, usize, usize)> {
-        let mut tasks = Vec::new();
-        for (sequence, bounds) in self.cu_seq_lens.windows(2).enumerate() {
-            for first_query in (0..bounds[1] - bounds[0]).step_by(tile_tokens) {
-                tasks.extend((0..self.heads.num_kv_heads).map(|kv_head| (sequence, kv_head, first_query)));
-            }
+/// Attention within each of `sequences`, disjoint ranges of the tokens of `qkv [N, (H + 2K)·D]`; fills their rows of
+/// `output [N, H·D]`.
+pub(super) fn attend(
+    level: Level,
+    qkv: &[f32],
+    sequences: &[Range<usize>],
+    heads: HeadLayout,
+    window: Option<usize>,
+    output: SharedOutput,
+) {
+    let (window, tile_tokens) = (window.unwrap_or(usize::MAX), tile_tokens(heads));
+    // The (sequence, key head, first query token of the tile) of every task; the three name disjoint output.
+    let mut tasks = Vec::new();
+    for sequence in sequences {
+        for first_query in (0..sequence.len()).step_by(tile_tokens) {
+            tasks.extend((0..heads.num_kv_heads).map(|kv_head| (sequence, kv_head, first_query)));
         }
-        tasks
     }
+    tasks.into_par_iter().for_each(|(sequence, kv_head, first_query)| {
+        let begin = sequence.start;
+        let queries = first_query..(first_query + tile_tokens).min(sequence.len());
+        SCRATCH.with_borrow_mut(|scratch| {
+            dispatch_at(level, Task { qkv, heads, window, begin, kv_head, queries, output, scratch });
+        });
+    });
 }
 
 /// Tokens of a query tile: enough rows to pay for packing the keys, in a number that leaves register tiles full.
 fn tile_tokens(heads: HeadLayout) -> usize {
     (TASK_ROWS / heads.group_size() / TILE_ROWS * TILE_ROWS).clamp(TILE_ROWS, 96)
 }
-
-/// The output `[N, H·D]`, written by all tasks, each to its own rows and columns.
-#[derive(Clone, Copy)]
-struct SharedOutput {
-    values: *mut f32,
-    len: usize,
-}
-
-// SAFETY: tasks write disjoint parts (see `VarlenAttention::tasks`) and none reads.
-unsafe impl Send for SharedOutput {}
-// SAFETY: as above.
-unsafe impl Sync for SharedOutput {}
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
@@ -167,7 +163,7 @@ struct Task<'a> {
     window: usize,
     begin: usize,
     kv_head: usize,
-    queries: std::ops::Range<usize>,
+    queries: Range<usize>,
     output: SharedOutput,
     scratch: &'a mut Scratch,
 }
@@ -266,9 +262,8 @@ impl Kernel for Task<'_> {
             let scale = 1.0 / sums[row * STEP..][..STEP].iter().sum::<f32>();
             let token = self.begin + queries.start + row / group;
             let start = token * row_stride + first_q + (row % group) * head_dim;
-            assert!(start + head_dim <= self.output.len);
-            // SAFETY: within the output, by the assertion; no other task writes this head of this token.
-            let destination = unsafe { std::slice::from_raw_parts_mut(self.output.values.add(start), head_dim) };
+            // SAFETY: no other task writes this head of this token.
+            let destination = unsafe { self.output.part(start, head_dim) };
             for (destination, value) in destination.iter_mut().zip(output) {
                 *destination = value * scale;
             }
@@ -305,7 +300,7 @@ fn pack_keys<S: Simd>(simd: S, keys: &[f32], stride: usize, count: usize, head_d
 ///
 /// Returns the factor that brings what was summed before to the new largest score.
 #[inline(always)]
-fn softmax_row<S: Simd>(simd: S, scores: &mut [f32], largest: &mut f32, sums: &mut [f32]) -> f32 {
+pub(super) fn softmax_row<S: Simd>(simd: S, scores: &mut [f32], largest: &mut f32, sums: &mut [f32]) -> f32 {
     let (steps, _) = scores.as_chunks_mut::<STEP>();
     let mut lanes = [NO_SCORE; STEP];
     for step in steps.iter() {
@@ -333,15 +328,15 @@ fn softmax_row<S: Simd>(simd: S, scores: &mut [f32], largest: &mut f32, sums: &m
 
 /// A matrix by rows, `stride` values apart.
 #[derive(Clone, Copy)]
-struct Operand<'a> {
-    values: &'a [f32],
-    stride: usize,
+pub(super) struct Operand<'a> {
+    pub(super) values: &'a [f32],
+    pub(super) stride: usize,
 }
 
 /// `c = a·b`, or with `ADD` `c = factors·c + a·b`: `a [TILE_ROWS, depth]`, `b [depth, columns]`, `c [TILE_ROWS, columns]`.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "a matrix product has as many")]
-fn tile_product<S: Simd, const ADD: bool>(
+pub(super) fn tile_product<S: Simd, const ADD: bool>(
     simd: S,
     a: Operand,
     b: Operand,

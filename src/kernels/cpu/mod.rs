@@ -1,12 +1,17 @@
 //! The kernels on the CPU, in f32.
 
 mod attention;
+mod cached_attention;
+mod linear;
 mod norm;
+mod output;
 mod rotary;
 mod simd;
 mod swiglu;
 
 pub use attention::varlen_attention;
+pub use cached_attention::{KvRing, cached_attention};
+pub use linear::{pack_linear, packed_linear};
 pub use norm::{add_rms_norm, rms_norm};
 pub use rotary::rotary_embedding;
 pub use swiglu::swiglu;

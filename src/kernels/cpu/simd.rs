@@ -3,6 +3,8 @@
 //! The binary is built for the oldest CPU; [`dispatch`] picks the widest version that the CPU at hand runs. Plain
 //! loops inside a [`Kernel`] are vectorised by the compiler for that version, so only products need explicit vectors.
 
+use half::bf16;
+
 /// An instruction set, as a token that exists only where the CPU has it.
 ///
 /// All methods are `inline(always)`, as every function of a kernel has to be: what is not inlined into the
@@ -24,6 +26,11 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `LANES` values from `src` on can be read.
     unsafe fn load(self, src: *const f32) -> Self::Vector;
+    /// Widens bf16 values, which changes none of them.
+    ///
+    /// # Safety
+    /// `LANES` values from `src` on can be read.
+    unsafe fn load_bf16(self, src: *const bf16) -> Self::Vector;
     /// # Safety
     /// `LANES` values from `dst` on can be written.
     unsafe fn store(self, dst: *mut f32, value: Self::Vector);
@@ -168,6 +175,12 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_bf16(self, src: *const bf16) -> [f32; 4] {
+        // SAFETY: as for `load`.
+        unsafe { src.cast::<[bf16; 4]>().read_unaligned() }.map(bf16::to_f32)
+    }
+
+    #[inline(always)]
     unsafe fn store(self, dst: *mut f32, value: [f32; 4]) {
         // SAFETY: as for `load`.
         unsafe { dst.cast::<[f32; 4]>().write(value) }
@@ -187,6 +200,8 @@ impl Simd for Portable {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
+
+    use half::bf16;
 
     use super::{Kernel, Simd};
 
@@ -244,6 +259,15 @@ mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn load_bf16(self, src: *const bf16) -> __m256 {
+            // SAFETY: as for `splat`; the caller vouches for 8 values. A bf16 is the upper half of its f32.
+            unsafe {
+                let halves = _mm_loadu_si128(src.cast());
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
+            }
+        }
+
+        #[inline(always)]
         unsafe fn store(self, dst: *mut f32, value: __m256) {
             // SAFETY: as for `splat`; the caller vouches for 8 values.
             unsafe { _mm256_storeu_ps(dst, value) }
@@ -288,6 +312,15 @@ mod x86 {
         unsafe fn load(self, src: *const f32) -> __m512 {
             // SAFETY: as for `splat`; the caller vouches for 16 values.
             unsafe { _mm512_loadu_ps(src) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_bf16(self, src: *const bf16) -> __m512 {
+            // SAFETY: as for `splat`; the caller vouches for 16 values. A bf16 is the upper half of its f32.
+            unsafe {
+                let halves = _mm256_loadu_si256(src.cast());
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+            }
         }
 
         #[inline(always)]

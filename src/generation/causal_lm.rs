@@ -1,0 +1,69 @@
+//! MistralForCausalLM, a step at a time.
+
+use candle_core::Device;
+
+use super::{Decode, StepModel};
+use crate::batch::PackedBatch;
+use crate::error::Result;
+use crate::model::{Checkpoint, KvCache, Linear, MistralModel, WeightLayout};
+use crate::text::TextTokenizer;
+
+/// The base model and its language-model head.
+#[derive(Debug)]
+pub struct CausalLm {
+    model: MistralModel,
+    /// `[vocab_size, hidden]`
+    lm_head: Linear,
+}
+
+impl CausalLm {
+    /// Reads the weights; with tied embeddings the head is the token embeddings.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] when a tensor is missing, misshapen or not finite.
+    pub fn load(checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
+        let config = &checkpoint.config;
+        let shape = [config.vocab_size, config.hidden_size];
+        let lm_head = if config.tie_word_embeddings {
+            checkpoint.base_tensor("embed_tokens.weight", &shape, device)?
+        } else {
+            checkpoint.weights.tensor("lm_head.weight", &shape, device)?
+        };
+        Ok(Self {
+            lm_head: Linear::new(lm_head, WeightLayout::Packed)?,
+            model: MistralModel::load_with_layout(checkpoint, device, WeightLayout::Packed)?,
+        })
+    }
+
+    /// The base model.
+    pub fn model(&self) -> &MistralModel {
+        &self.model
+    }
+}
+
+impl StepModel for CausalLm {
+    type Cache = KvCache;
+
+    fn vocab_size(&self) -> usize {
+        self.model.config().vocab_size
+    }
+
+    fn cache_bytes(&self, max_len: usize) -> usize {
+        KvCache::bytes(self.model.config(), max_len)
+    }
+
+    fn new_cache(&self, max_len: usize) -> KvCache {
+        KvCache::new(self.model.config(), max_len)
+    }
+
+    fn step(&self, batch: &PackedBatch, caches: &mut [&mut KvCache]) -> Result<Vec<f32>> {
+        let hidden_states = self.model.forward_cached(batch, caches)?; // [B, hidden]
+        Ok(self.lm_head.forward(&hidden_states)?.flatten_all()?.to_vec1()?)
+    }
+}
+
+impl Decode for TextTokenizer {
+    fn decode(&self, token_ids: &[u32]) -> Result<String, String> {
+        self.decode(token_ids)
+    }
+}
