@@ -3,6 +3,7 @@
 mod control;
 mod pipeline;
 mod plan;
+mod prompts;
 mod report;
 mod runner;
 mod spec;
@@ -11,4 +12,4 @@ mod truth;
 pub use control::{Counters, RunControl};
 pub use report::{RunDetails, RunReport, UnitCounts};
 pub use runner::run;
-pub use spec::{CommandSpec, DEFAULT_MAX_BATCH_TOKENS, JobSpec};
+pub use spec::{CommandSpec, DEFAULT_MAX_BATCH_TOKENS, JobSpec, PromptSpec};

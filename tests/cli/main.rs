@@ -4,4 +4,5 @@ mod errors;
 mod formats;
 mod goldens;
 mod jobs;
+mod prompts;
 mod support;
