@@ -1,4 +1,4 @@
-//! Texts in, result columns out, on one device.
+//! Prompts in, result columns out, on one device.
 //!
 //! [`Engine::prepare`] tokenizes on all cores; [`Engine::infer`] packs, computes and scatters results back to their
 //! rows. They are apart so that the next window is tokenized while this one is computed.
@@ -14,7 +14,7 @@ use crate::batch::{Packer, Padding, Sequence};
 use crate::error::Result;
 use crate::heads::{Head, HeadOutput};
 use crate::model::MistralModel;
-use crate::text::TextTokenizer;
+use crate::text::{Prompt, TextTokenizer};
 
 /// The columns that every command that runs a model appends after its head's.
 pub fn common_fields() -> Vec<Field> {
@@ -89,10 +89,10 @@ impl Engine {
         self.head.fields().into_iter().chain(common_fields()).collect()
     }
 
-    /// Tokenizes `texts` on all cores.
-    pub fn prepare(&self, texts: &[Option<&str>]) -> PreparedRows {
-        let mut sequences = Vec::with_capacity(texts.len());
-        let rows = self.tokenizer.tokenize(texts).into_iter().map(|tokenized| match tokenized {
+    /// Tokenizes `prompts` on all cores.
+    pub fn prepare(&self, prompts: &[Prompt]) -> PreparedRows {
+        let mut sequences = Vec::with_capacity(prompts.len());
+        let rows = self.tokenizer.tokenize(prompts).into_iter().map(|tokenized| match tokenized {
             None => Row { is_null: true, ..Row::default() },
             Some(Err(error)) => Row { error: Some(error), ..Row::default() },
             Some(Ok(tokenized)) => {

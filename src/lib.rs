@@ -6,7 +6,7 @@
 //!    ranges), and opens the output. Nothing is computed until everything that can be wrong was looked at.
 //! 2. [`data`] reads a unit as a stream of windows: some thousand consecutive rows as an Arrow `RecordBatch`. `--where`
 //!    drops rows here.
-//! 3. [`text`] tokenizes the rows on all cores, as transformers would: each becomes a [`batch::Sequence`].
+//! 3. [`text`] renders each row's prompt and tokenizes it on all cores, as transformers would: it becomes a [`batch::Sequence`].
 //! 4. [`batch`] sorts the window's sequences by length and cuts left-padded batches under a token budget; at the model's
 //!    door the padding is dropped, so that it costs no arithmetic.
 //! 5. [`model`] computes hidden states, token by token of all rows end to end, with the operations of [`kernels`];

@@ -11,7 +11,7 @@ use super::values::count;
 use crate::data::format::InputFormat;
 use crate::data::sink::OnExisting;
 use crate::error::{Error, Result, SIGINT, SIGTERM};
-use crate::job::{self, CommandSpec, DEFAULT_MAX_BATCH_TOKENS, JobSpec, RunControl, RunReport};
+use crate::job::{self, CommandSpec, DEFAULT_MAX_BATCH_TOKENS, JobSpec, PromptSpec, RunControl, RunReport};
 use crate::text::Overflow;
 
 #[derive(Debug, Args)]
@@ -31,6 +31,18 @@ pub struct CommonArgs {
     /// Column that holds the text
     #[arg(long, value_name = "COLUMN", default_value = "text", help_heading = "Data")]
     text_column: String,
+
+    /// Instead of a text column, a text with columns in braces: "Subject: {subject}"; literal braces are doubled
+    #[arg(long, value_name = "TEMPLATE", conflicts_with = "text_column", help_heading = "Data")]
+    prompt_template: Option<String>,
+
+    /// Instead of a text column, chats for the checkpoint's chat template: lists of {role, content}, or their JSON
+    #[arg(long, value_name = "COLUMN", conflicts_with_all = ["text_column", "prompt_template"], help_heading = "Data")]
+    chat_column: Option<String>,
+
+    /// System message for chats that have none
+    #[arg(long, value_name = "TEXT", requires = "chat_column", help_heading = "Data")]
+    system: Option<String>,
 
     /// Keep only these input columns [default: all]
     #[arg(long, value_name = "A,B", value_delimiter = ',', help_heading = "Data")]
@@ -201,7 +213,11 @@ impl CommonArgs {
                 (_, true) => OnExisting::Overwrite,
                 _ => OnExisting::Refuse,
             },
-            text_column: self.text_column,
+            prompt: match (self.chat_column, self.prompt_template) {
+                (Some(column), _) => PromptSpec::Chat { column, system: self.system },
+                (None, Some(template)) => PromptSpec::Template(template),
+                (None, None) => PromptSpec::Column(self.text_column),
+            },
             keep: self.keep.map(|keep| keep.into_iter().filter(|name| !name.is_empty()).collect()),
             prefix: self.prefix,
             filter: self.filter,

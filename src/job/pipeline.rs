@@ -19,7 +19,6 @@ use super::truth::Agreement;
 use crate::data::part::PartWriter;
 use crate::data::sink::Sink;
 use crate::data::source::{Window, WindowReader};
-use crate::data::text_column::as_text;
 use crate::data::units::Unit;
 use crate::engine::{Engine, PreparedRows};
 use crate::error::{Error, Result};
@@ -126,9 +125,7 @@ impl Stage {
                 }
                 None => (batch, None),
             };
-            let column = self.column(&batch, &self.spec.text_column)?;
-            let texts = as_text(&column).ok_or_else(|| Error::Internal("the text column is not text".into()))?;
-            let rows = self.engine.prepare(&texts.iter().collect::<Vec<_>>());
+            let rows = self.engine.prepare(&self.plan.prompts.prompts(&batch)?);
             let prepared = PreparedWindow { unit, first_row, last, batch, passing, rows };
             if sender.blocking_send(prepared).is_err() {
                 break;

@@ -7,13 +7,13 @@ use std::sync::Arc;
 use arrow::datatypes::{Field, Schema, SchemaRef};
 use serde_json::{Value, json};
 
-use super::spec::JobSpec;
+use super::prompts::PromptSource;
+use super::spec::{JobSpec, PromptSpec};
 use super::truth::TruthKind;
 use crate::data::dataset::{Dataset, DatasetOptions};
 use crate::data::filter::RowFilter;
 use crate::data::plan_file::PlanFile;
 use crate::data::source::{WindowOptions, WindowReader};
-use crate::data::text_column::is_text;
 use crate::data::units::{Unit, cut_units, unit_rows};
 use crate::engine::common_fields;
 use crate::error::{Error, Result};
@@ -35,11 +35,12 @@ pub struct JobPlan {
     pub kept: Vec<String>,
     pub filter: Option<RowFilter>,
     pub truth: Option<TruthKind>,
+    pub prompts: PromptSource,
     /// What is persisted beside the parts.
     pub file: PlanFile,
     /// What each part's footer says of the model.
     pub footer: BTreeMap<String, String>,
-    /// Columns to read: kept ones, the text, and what filter and truth need.
+    /// Columns to read: kept ones, those of the prompts, and what filter and truth need.
     projection: Vec<String>,
 }
 
@@ -52,10 +53,13 @@ impl JobPlan {
         let dataset = Arc::new(Dataset::open(&DatasetOptions {
             inputs: spec.inputs.clone(),
             format: spec.input_format,
-            text_columns: vec![spec.text_column.clone()],
+            text_columns: match &spec.prompt {
+                PromptSpec::Column(column) => vec![column.clone()],
+                PromptSpec::Template(_) | PromptSpec::Chat { .. } => Vec::new(),
+            },
         })?);
         let first_path = dataset.files.first().map(|file| file.path.clone()).unwrap_or_default();
-        check_text_column(&dataset, &spec.text_column, &first_path)?;
+        let prompts = PromptSource::new(&spec.prompt, &dataset, tokenizer)?;
 
         let results: Vec<Field> = spec.command.fields(checkpoint)?.into_iter().chain(common_fields()).collect();
         let kept = kept_columns(&dataset, spec.keep.as_deref())?;
@@ -64,7 +68,7 @@ impl JobPlan {
 
         let filter = spec.filter.as_deref().map(|sql| RowFilter::compile(sql, &dataset.schema)).transpose()?;
         let mut needed: Vec<String> = kept.clone();
-        needed.push(spec.text_column.clone());
+        needed.extend(prompts.columns().into_iter().map(str::to_owned));
         needed.extend(spec.truth_column.clone());
         needed.extend(filter.iter().flat_map(RowFilter::columns));
         let projection: Vec<String> =
@@ -89,7 +93,7 @@ impl JobPlan {
             "checkpoint": to_json(&identity)?,
             "tokenizer_sha256": tokenizer.sha256(),
             "dtype": "f32",
-            "text_column": spec.text_column,
+            "prompt": prompts.settings(),
             "max_length": max_length,
             "overflow": to_json(&spec.overflow())?,
             "stride": (spec.overflow() == Overflow::Chunk).then(|| spec.stride(max_length)),
@@ -111,7 +115,7 @@ impl JobPlan {
             ("sliding_window".to_owned(), window),
             ("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
         ]);
-        Ok(Self { dataset, units, output_schema, kept, filter, truth, file, footer, projection })
+        Ok(Self { dataset, units, output_schema, kept, filter, truth, prompts, file, footer, projection })
     }
 
     /// What was planned, in words.
@@ -147,20 +151,6 @@ impl JobPlan {
 
 fn to_json(value: &impl serde::Serialize) -> Result<Value> {
     serde_json::to_value(value).map_err(|error| Error::Internal(error.to_string()))
-}
-
-fn check_text_column(dataset: &Dataset, column: &str, path: &Path) -> Result<()> {
-    let field = dataset.column(column, "--text-column")?;
-    if is_text(field.data_type()) {
-        return Ok(());
-    }
-    Err(Error::ColumnType {
-        column: column.to_owned(),
-        path: path.to_owned(),
-        found: field.data_type().to_string(),
-        expected: "text",
-        flag: "--text-column",
-    })
 }
 
 fn kept_columns(dataset: &Dataset, keep: Option<&[String]>) -> Result<Vec<String>> {

@@ -22,7 +22,8 @@ pub struct JobSpec {
     pub input_format: Option<InputFormat>,
     pub output: PathBuf,
     pub on_existing: OnExisting,
-    pub text_column: String,
+    /// Where each row's prompt comes from.
+    pub prompt: PromptSpec,
     /// Input columns to keep; all when `None`.
     pub keep: Option<Vec<String>>,
     /// Put before the names of result columns.
@@ -45,6 +46,21 @@ pub struct JobSpec {
     pub unit_rows: Option<u64>,
     /// Failed rows that are recorded and not fatal; any number when `None`.
     pub max_errors: Option<u64>,
+}
+
+/// Where each row's prompt comes from.
+#[derive(Debug, Clone)]
+pub enum PromptSpec {
+    /// A column of texts, as they stand.
+    Column(String),
+    /// A text with columns in braces.
+    Template(String),
+    /// A column of chats, through the checkpoint's chat template.
+    Chat {
+        column: String,
+        /// The system message of chats that have none.
+        system: Option<String>,
+    },
 }
 
 impl JobSpec {

@@ -1,5 +1,9 @@
-//! Text becomes token ids, as transformers makes them.
+//! Rows become prompts, and prompts become token ids, as transformers makes them.
 
+mod chat;
+mod prompt;
 mod tokenizer;
 
+pub use chat::{ChatTemplate, Message, parse_messages};
+pub use prompt::{Prompt, PromptTemplate};
 pub use tokenizer::{Overflow, TextTokenizer, Tokenized};

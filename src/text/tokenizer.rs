@@ -10,11 +10,14 @@ use sha2::{Digest, Sha256};
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, PostProcessor, Tokenizer, TruncationDirection, TruncationParams, TruncationStrategy};
 
+use super::chat::ChatTemplate;
+use super::prompt::Prompt;
 use crate::error::{Error, Result};
 
 const TOKENIZER_FILE: &str = "tokenizer.json";
 const CONFIG_FILE: &str = "tokenizer_config.json";
 const SPECIAL_TOKENS_FILE: &str = "special_tokens_map.json";
+const CHAT_TEMPLATE_FILE: &str = "chat_template.jinja";
 
 /// What happens to a text of more than `max_length` tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,6 +71,7 @@ struct TokenizerConfig {
     bos_token: Option<SpecialToken>,
     eos_token: Option<SpecialToken>,
     pad_token: Option<SpecialToken>,
+    unk_token: Option<SpecialToken>,
     /// transformers writes 1e30 for "no limit".
     model_max_length: Option<f64>,
     tokenizer_class: Option<String>,
@@ -109,6 +113,7 @@ impl TextTokenizer {
             config.bos_token = config.bos_token.or(map.bos_token);
             config.eos_token = config.eos_token.or(map.eos_token);
             config.pad_token = config.pad_token.or(map.pad_token);
+            config.unk_token = config.unk_token.or(map.unk_token);
         }
 
         // Limits stored in tokenizer.json are replaced by ours; padding is ours, too.
@@ -207,22 +212,64 @@ impl TextTokenizer {
 
     /// Whether `tokenizer_config.json` or a `chat_template.jinja` beside it holds a chat template.
     pub fn has_chat_template(&self) -> bool {
-        self.config.chat_template.is_some() || self.path.with_file_name("chat_template.jinja").is_file()
+        self.config.chat_template.is_some() || self.path.with_file_name(CHAT_TEMPLATE_FILE).is_file()
     }
 
-    /// Tokenizes each text on all cores; nulls stay null, a row's failure is its message.
-    pub fn tokenize(&self, texts: &[Option<&str>]) -> Vec<Option<Result<Tokenized, String>>> {
-        texts.par_iter().map(|text| text.map(|text| self.tokenize_one(text))).collect()
+    /// The checkpoint's chat template: `chat_template.jinja`, else the one in `tokenizer_config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when there is none, or it is no template.
+    pub fn chat_template(&self) -> Result<ChatTemplate> {
+        let file = self.path.with_file_name(CHAT_TEMPLATE_FILE);
+        let (path, source) = match std::fs::read_to_string(&file) {
+            Ok(source) => (file, source),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                let path = self.path.with_file_name(CONFIG_FILE);
+                let source = self.config.chat_template().map_err(|message| Error::config(&path, message))?;
+                (path, source)
+            }
+            Err(error) => return Err(Error::config(&file, error)),
+        };
+        let special_tokens = [
+            ("bos_token", &self.config.bos_token),
+            ("eos_token", &self.config.eos_token),
+            ("pad_token", &self.config.pad_token),
+            ("unk_token", &self.config.unk_token),
+        ];
+        let special_tokens = special_tokens.into_iter().filter_map(|(name, token)| {
+            let token = token.as_ref()?;
+            Some((name, token.text().to_owned()))
+        });
+        ChatTemplate::new(&source, special_tokens.collect())
+            .map_err(|message| Error::config(&path, format!("the chat template is not one: {message}")))
     }
 
-    /// Tokenizes one text.
+    /// Tokenizes each prompt on all cores; nulls stay null, a row's failure is its message.
+    pub fn tokenize(&self, prompts: &[Prompt]) -> Vec<Option<Result<Tokenized, String>>> {
+        let tokenize = |prompt: &Prompt| match prompt {
+            Prompt::Null => None,
+            Prompt::Text { text, add_special_tokens } => Some(self.tokenize_with(text, *add_special_tokens)),
+            Prompt::Failed(message) => Some(Err(message.clone())),
+        };
+        prompts.par_iter().map(tokenize).collect()
+    }
+
+    /// Tokenizes one text, with BOS as the tokenizer adds it.
+    ///
+    /// # Errors
+    /// As [`TextTokenizer::tokenize_with`].
+    pub fn tokenize_one(&self, text: &str) -> Result<Tokenized, String> {
+        self.tokenize_with(text, true)
+    }
+
+    /// Tokenizes one text, which without `add_special_tokens` brings its own, as a rendered chat does.
     ///
     /// # Errors
     /// A message for the row's `error` column: the text is too long under [`Overflow::Error`], has no tokens, or has
     /// one that the model does not know.
-    pub fn tokenize_one(&self, text: &str) -> Result<Tokenized, String> {
+    pub fn tokenize_with(&self, text: &str, add_special_tokens: bool) -> Result<Tokenized, String> {
         // A panic in the tokenizer is this row's failure, not the run's.
-        let encoding = catch_unwind(AssertUnwindSafe(|| self.tokenizer.encode_fast(text, true)))
+        let encoding = catch_unwind(AssertUnwindSafe(|| self.tokenizer.encode_fast(text, add_special_tokens)))
             .map_err(|_| "the tokenizer panicked on this text".to_owned())?
             .map_err(|error| format!("the tokenizer failed: {error}"))?;
         let overflowing = encoding.get_overflowing();
@@ -258,6 +305,24 @@ impl TextTokenizer {
 }
 
 impl TokenizerConfig {
+    /// The chat template: a text, or the one named `default` of a list.
+    fn chat_template(&self) -> Result<String, String> {
+        let default = match &self.chat_template {
+            None => {
+                return Err("holds no chat_template, nor is there a chat_template.jinja beside it, and --chat-column \
+                    needs one; choose a checkpoint for chats, or write the prompt with --prompt-template"
+                    .into());
+            }
+            Some(Value::Array(named)) => {
+                let default = named.iter().find(|named| named["name"] == "default");
+                default.map(|named| &named["template"])
+            }
+            template => template.as_ref(),
+        };
+        let source = default.and_then(Value::as_str);
+        source.map(str::to_owned).ok_or_else(|| "chat_template is neither a text nor a list with a default".into())
+    }
+
     /// BOS and EOS around each text as the flags say.
     fn post_processor(&self, tokenizer: &mut Tokenizer) -> Result<TemplateProcessing, String> {
         let mut special_tokens = Vec::new();
@@ -369,7 +434,7 @@ mod tests {
     #[test]
     fn nulls_stay_null_and_the_empty_text_is_one_bos() {
         let tokenizer = golden("cls-window-sharded");
-        let rows = tokenizer.tokenize(&[None, Some("")]);
+        let rows = tokenizer.tokenize(&[Prompt::Null, Some("").into()]);
         assert_eq!(rows[0], None);
         assert_eq!(rows[1].as_ref().unwrap().as_ref().unwrap().chunks, [[1]]);
         assert_eq!(tokenizer.special_tokens_per_text(), 1);

@@ -6,4 +6,5 @@ mod goldens;
 mod heads;
 mod jobs;
 mod kills;
+mod prompts;
 mod support;
