@@ -41,7 +41,13 @@ pub struct CommonArgs {
     chat_column: Option<String>,
 
     /// System message for chats that have none
-    #[arg(long, value_name = "TEXT", requires = "chat_column", help_heading = "Data")]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        requires = "chat_column",
+        conflicts_with = "prompt_template",
+        help_heading = "Data"
+    )]
     system: Option<String>,
 
     /// Keep only these input columns [default: all]

@@ -20,7 +20,7 @@ pub enum PromptSource {
     /// A text with columns in it.
     Template(PromptTemplate),
     /// Chats, through the checkpoint's chat template.
-    Chat { column: String, system: Option<String>, template: ChatTemplate },
+    Chat { column: String, system: Option<String>, template: Box<ChatTemplate> },
 }
 
 impl PromptSource {
@@ -51,7 +51,7 @@ impl PromptSource {
             PromptSpec::Chat { column, system } => {
                 let expected = "a list of structs with role and content, or their JSON as text,";
                 check_column(dataset, column, "--chat-column", expected, ChatTemplate::accepts)?;
-                let template = tokenizer.chat_template()?;
+                let template = Box::new(tokenizer.chat_template()?);
                 Ok(Self::Chat { column: column.clone(), system: system.clone(), template })
             }
         }

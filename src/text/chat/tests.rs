@@ -71,8 +71,11 @@ fn the_goldens_chats_become_the_ids_of_transformers() {
     }
 }
 
-/// A column of chats as lists of structs with `role`, `content` and `name`; `None` for null chats and fields.
-fn chats(rows: &[Option<&[(Option<&str>, &str)]>]) -> ArrayRef {
+/// Role, if any, and content of each message.
+type Turns<'a> = &'a [(Option<&'a str>, &'a str)];
+
+/// A column of chats as lists of structs with `role`, `content` and `name`, which is null.
+fn chats(rows: &[Option<Turns>]) -> ArrayRef {
     let fields = ["role", "content", "name"].map(|name| Field::new(name, DataType::Utf8, true));
     let mut builder = ListBuilder::new(StructBuilder::from_fields(Fields::from(fields.to_vec()), 0));
     for row in rows {
