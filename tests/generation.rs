@@ -1,8 +1,18 @@
 //! Generation: cached = uncached, in-flight = one by one, and both = transformers.
 
+use std::sync::Arc;
+
+use arrow::array::{AsArray, RecordBatch};
 use candle_core::{Device, Tensor};
-use mistral_batch::batch::PackedBatch;
-use mistral_batch::model::{Checkpoint, KvCache, MistralModel, WeightLayout};
+use mistral_batch::batch::{LeftPaddedBatch, PackedBatch, Sequence};
+use mistral_batch::generation::{
+    CausalLm, Completion, FinishReason, Generated, GenerationDefaults, Request, SamplingParams, Scheduler,
+    SchedulerLimits,
+};
+use mistral_batch::model::{Checkpoint, KvCache, MistralModel, WeightLayout, reference};
+use mistral_batch::text::TextTokenizer;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use serde_json::Value;
 
 fn checkpoint(name: &str) -> Checkpoint {
     Checkpoint::open(&format!("{}/tests/goldens/checkpoints/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
@@ -102,4 +112,247 @@ fn a_batch_that_does_not_go_on_where_the_cache_ends_is_refused() {
         assert!(model.forward_cached(&wrong, &mut [&mut cache]).is_err(), "{wrong:?}");
     }
     assert!(model.forward_cached(&packed(&[(3, &[8])]), &mut [&mut cache]).is_ok());
+}
+
+/// A checkpoint ready to generate.
+struct Lm {
+    checkpoint: Checkpoint,
+    model: CausalLm,
+    tokenizer: TextTokenizer,
+}
+
+impl Lm {
+    fn open(checkpoint: Checkpoint) -> Self {
+        let model = CausalLm::load(&checkpoint, &Device::Cpu).unwrap();
+        let tokenizer = TextTokenizer::open(&checkpoint.dir, checkpoint.config.vocab_size).unwrap();
+        Self { checkpoint, model, tokenizer }
+    }
+
+    fn golden(name: &str) -> Self {
+        Self::open(checkpoint(name))
+    }
+
+    /// Completions of `requests`, in their order, all in flight within `limits`.
+    fn generate(&self, requests: &[Request], limits: SchedulerLimits) -> Vec<Generated> {
+        let mut scheduler = Scheduler::new(&self.model, &self.tokenizer, limits);
+        requests.iter().for_each(|request| scheduler.push(request.clone()).unwrap());
+        let mut completions: Vec<Completion> = Vec::new();
+        while !scheduler.is_idle() {
+            completions.extend(scheduler.step().unwrap());
+        }
+        assert_eq!(completions.len(), requests.len());
+        completions.sort_by_key(|completion| (completion.row, completion.sample));
+        completions.into_iter().map(|completion| completion.result.unwrap()).collect()
+    }
+
+    fn one_by_one(&self, requests: &[Request]) -> Vec<Generated> {
+        requests.iter().flat_map(|request| self.generate(std::slice::from_ref(request), ROOMY)).collect()
+    }
+}
+
+const ROOMY: SchedulerLimits = SchedulerLimits { kv_cache_bytes: 1 << 30, max_rows: 64, prefill_tokens: 4096 };
+
+fn requests(prompts: &[Vec<u32>], params: SamplingParams) -> Vec<Request> {
+    let params = Arc::new(params);
+    let prompts = prompts.iter().cloned().enumerate();
+    prompts
+        .map(|(row, prompt_ids)| Request {
+            row,
+            sample: 0,
+            random_key: row as u64,
+            prompt_ids,
+            params: Arc::clone(&params),
+        })
+        .collect()
+}
+
+/// Greedy tokens in the plainest way: the whole left-padded batch, recomputed for each token.
+fn static_greedy(checkpoint: &Checkpoint, prompts: &[Vec<u32>], max_tokens: usize) -> Vec<Vec<u32>> {
+    let config = &checkpoint.config;
+    let model = MistralModel::load(checkpoint, &Device::Cpu).unwrap();
+    let shape = [config.vocab_size, config.hidden_size];
+    let head = if config.tie_word_embeddings {
+        checkpoint.base_tensor("embed_tokens.weight", &shape, &Device::Cpu)
+    } else {
+        checkpoint.weights.tensor("lm_head.weight", &shape, &Device::Cpu)
+    };
+    let head = head.unwrap().t().unwrap();
+    let mut rows: Vec<_> =
+        prompts.iter().enumerate().map(|(row, ids)| Sequence { row, input_ids: ids.clone() }).collect();
+    for _ in 0..max_tokens {
+        let batch = LeftPaddedBatch::new(&rows, 0);
+        let hidden = reference::padded_forward(&model, &batch).unwrap();
+        let last = hidden.narrow(1, batch.width() - 1, 1).unwrap().squeeze(1).unwrap();
+        let next = last.matmul(&head).unwrap().argmax(1).unwrap().to_vec1::<u32>().unwrap();
+        rows.iter_mut().zip(next).for_each(|(row, next)| row.input_ids.push(next));
+    }
+    rows.into_iter().zip(prompts).map(|(row, prompt)| row.input_ids[prompt.len()..].to_vec()).collect()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+fn golden_file(name: &str) -> Value {
+    let path = format!("{}/tests/goldens/goldens/{name}.json", env!("CARGO_MANIFEST_DIR"));
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+const GOLDENS: [&str; 2] = ["lm-window", "lm-full-tied-bf16"];
+
+/// Every greedy golden: past the window, with penalties, minimum lengths and several end tokens. The smallest margin
+/// between the first and the second token is 3e-3, a hundred times the rounding of f32, so tokens are compared.
+#[test]
+fn greedy_tokens_and_texts_equal_those_of_transformers() {
+    for name in GOLDENS {
+        let lm = Lm::golden(name);
+        let mut compared = 0;
+        for case in golden_file(name)["generation"].as_array().unwrap() {
+            let options = &case["options"];
+            if options.get("num_beams").is_some() {
+                continue;
+            }
+            let count = |key: &str| options[key].as_u64().unwrap_or(0) as usize;
+            let params = SamplingParams {
+                max_tokens: count("max_new_tokens"),
+                min_tokens: count("min_new_tokens"),
+                no_repeat_ngram_size: count("no_repeat_ngram_size"),
+                repetition_penalty: options["repetition_penalty"].as_f64().unwrap_or(1.0) as f32,
+                stop_token_ids: ids(&options["eos_token_id"]),
+                ..SamplingParams::default()
+            };
+            let prompts: Vec<_> = case["prompt_ids"].as_array().unwrap().iter().map(ids).collect();
+            let requests = requests(&prompts, params);
+            let generated = lm.generate(&requests, ROOMY);
+            assert_eq!(generated, lm.one_by_one(&requests));
+            for (row, generated) in generated.iter().enumerate() {
+                let expected = ids(&case["one_by_one"][row]);
+                let what = format!("{name}, {}, row {row}", case["name"]);
+                assert_eq!(generated.token_ids, expected, "{what}");
+                assert_eq!(generated.text, case["one_by_one_text"][row].as_str().unwrap(), "{what}");
+                let stopped = requests[row].params.stop_token_ids.contains(&expected[expected.len() - 1]);
+                assert_eq!(generated.finish_reason == FinishReason::Stop, stopped, "{what}");
+                assert_eq!(generated.prompt_tokens, prompts[row].len());
+                compared += 1;
+            }
+        }
+        assert_eq!(compared, 20);
+    }
+}
+
+/// A row's tokens, text and log-probabilities are the same to the bit whoever shares its steps, and whatever slots are
+/// refilled when.
+#[test]
+fn in_flight_equals_one_by_one_equals_static() {
+    for name in GOLDENS {
+        let lm = Lm::golden(name);
+        let prompts: Vec<_> =
+            (0..24).map(|i| tokens(i, 1 + (i as usize * 17) % 70, lm.checkpoint.config.vocab_size)).collect();
+        let mut requests = requests(&prompts, SamplingParams { logprobs: true, ..SamplingParams::default() });
+        for (i, request) in requests.iter_mut().enumerate() {
+            let params = Arc::make_mut(&mut request.params);
+            params.max_tokens = 1 + i * 7 % 40;
+            // Every third row is drawn, some with all settings at once.
+            if i % 3 == 0 {
+                params.temperature = 0.9;
+                params.top_p = if i % 2 == 0 { 0.95 } else { 1.0 };
+                params.top_k = (i % 4 == 0).then_some(50);
+                params.min_p = 0.01;
+                params.frequency_penalty = 0.1;
+            }
+        }
+        let alone = lm.one_by_one(&requests);
+        let tight = SchedulerLimits {
+            kv_cache_bytes: 5 * KvCache::bytes(&lm.checkpoint.config, 110),
+            max_rows: 7,
+            prefill_tokens: 90,
+        };
+        for limits in [ROOMY, tight, SchedulerLimits { max_rows: 3, ..ROOMY }] {
+            assert_eq!(lm.generate(&requests, limits), alone, "{name}, {limits:?}");
+        }
+
+        let greedy: Vec<_> = (0..24).filter(|i| i % 3 != 0).collect();
+        let prompts: Vec<_> = greedy.iter().map(|&i| prompts[i].clone()).collect();
+        for (&i, expected) in greedy.iter().zip(static_greedy(&lm.checkpoint, &prompts, 40)) {
+            assert_eq!(alone[i].token_ids, expected[..alone[i].token_ids.len()], "{name}, row {i}");
+        }
+    }
+}
+
+/// The log-probabilities that come with tokens are those of the whole text in transformers.
+#[test]
+fn logprobs_equal_those_of_transformers() {
+    for name in GOLDENS {
+        let lm = Lm::golden(name);
+        for row in golden_file(name)["rows"].as_array().unwrap() {
+            let text = ids(&row["input_ids"]);
+            let expected: Vec<f64> = serde_json::from_value(row["token_logprobs_f64"].clone()).unwrap();
+            // One completion of one token for each prefix; the greedy token is seldom the text's, so the text's own is forced.
+            for end in (1..text.len()).step_by(5) {
+                let mut request = requests(
+                    &[text[..end].to_vec()],
+                    SamplingParams { max_tokens: 1, logprobs: true, ..SamplingParams::default() },
+                );
+                let forced = text[end];
+                Arc::make_mut(&mut request[0].params).stop_token_ids =
+                    (0..lm.checkpoint.config.vocab_size as u32).filter(|&id| id != forced).collect();
+                Arc::make_mut(&mut request[0].params).min_tokens = 1;
+                let generated = &lm.generate(&request, ROOMY)[0];
+                assert_eq!(generated.token_ids, [forced]);
+                let difference = (f64::from(generated.logprobs[0]) - expected[end - 1]).abs();
+                assert!(difference < 1e-5 * expected[end - 1].abs().max(1.0), "{name}, {end}: {difference}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_text_and_another_seed_another() {
+    let lm = Lm::golden("lm-window");
+    let prompt = tokens(3, 20, lm.checkpoint.config.vocab_size);
+    let drawn = |seed: u64, sample: u32, row: u64| {
+        let params = SamplingParams { max_tokens: 12, temperature: 1.0, seed, ..SamplingParams::default() };
+        let mut request = requests(&[prompt.clone()], params).remove(0);
+        (request.sample, request.random_key) = (sample, row);
+        lm.generate(&[request], ROOMY).remove(0).token_ids
+    };
+    assert_eq!(drawn(1, 0, 0), drawn(1, 0, 0));
+    for (seed, sample, row) in [(2, 0, 0), (1, 1, 0), (1, 0, 1)] {
+        assert_ne!(drawn(1, 0, 0), drawn(seed, sample, row));
+    }
+}
+
+#[test]
+fn the_demo_checkpoint_sorts_digits() {
+    let sample_data = format!("{}/sample-data", env!("CARGO_MANIFEST_DIR"));
+    let lm = Lm::open(Checkpoint::open(&format!("{sample_data}/models/digit-sorter")).unwrap());
+    let read = |name: &str| -> RecordBatch {
+        let file = std::fs::File::open(format!("{sample_data}/{name}.parquet")).unwrap();
+        ParquetRecordBatchReaderBuilder::try_new(file).unwrap().build().unwrap().next().unwrap().unwrap()
+    };
+    let defaults = GenerationDefaults::read(&lm.checkpoint.dir, &lm.checkpoint.config).unwrap();
+    let params = SamplingParams {
+        max_tokens: defaults.max_tokens,
+        stop_token_ids: defaults.eos_token_ids,
+        ..SamplingParams::default()
+    };
+    // As the chat template renders one user turn; the tokenizer adds the BOS.
+    let (rows, expected) = (read("sorting"), read("sorting-expected"));
+    let strings = |batch: &RecordBatch, column: &str| -> Vec<String> {
+        let column = batch.column_by_name(column).unwrap().as_string::<i32>();
+        column.iter().map(|text| text.unwrap().to_owned()).collect()
+    };
+    assert_eq!(strings(&rows, "id"), strings(&expected, "id"));
+    let prompts: Vec<_> = strings(&rows, "prompt")
+        .iter()
+        .take(100)
+        .map(|prompt| lm.tokenizer.tokenize_one(&format!("[INST] {prompt}[/INST]")).unwrap().chunks.remove(0))
+        .collect();
+    let generated = lm.generate(&requests(&prompts, params), SchedulerLimits { max_rows: 16, ..ROOMY });
+    let answers = strings(&rows, "answer");
+    for (row, (generated, expected)) in generated.iter().zip(strings(&expected, "completion")).enumerate() {
+        assert_eq!(generated.text, expected, "row {row}");
+    }
+    let right = generated.iter().zip(&answers).filter(|(generated, answer)| generated.text.trim() == **answer).count();
+    assert!(right >= 95, "{right} of 100 sorted");
 }

@@ -151,8 +151,8 @@ fn keep_top_p(logits: &mut [f32], top_p: f64) {
             candidates.push(token);
         }
     }
-    // Ascending and stable, as torch.sort: of equal tokens the first go first.
-    candidates.sort_by(|&a, &b| logits[a].total_cmp(&logits[b]));
+    // Ascending; of equal tokens the last of the vocabulary go first.
+    candidates.sort_unstable_by(|&a, &b| logits[a].total_cmp(&logits[b]).then(b.cmp(&a)));
     candidates.pop();
     for token in candidates {
         dropped += probability(logits[token]);

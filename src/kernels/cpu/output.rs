@@ -23,7 +23,6 @@ impl SharedOutput {
     /// # Safety
     /// The slice given to [`SharedOutput::new`] is still there, and no other part that is in use overlaps this one.
     #[inline(always)]
-    #[expect(clippy::mut_from_ref, reason = "disjoint parts are what the type is for")]
     pub(super) unsafe fn part<'a>(&self, start: usize, len: usize) -> &'a mut [f32] {
         assert!(start <= self.len && len <= self.len - start);
         // SAFETY: within the values, by the assertion; the caller vouches for the rest.
