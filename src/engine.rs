@@ -3,6 +3,10 @@
 //! [`Engine::prepare`] tokenizes on all cores; [`Engine::infer`] packs, computes and scatters results back to their
 //! rows. They are apart so that the next window is tokenized while this one is computed.
 
+mod generate;
+
+pub use generate::{Generation, Generator, generate_fields};
+
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,7 +15,7 @@ use arrow::array::{ArrayRef, BooleanArray, StringArray, UInt32Array};
 use arrow::datatypes::{DataType, Field};
 
 use crate::batch::{Packer, Padding, Sequence};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::heads::{Head, HeadOutput};
 use crate::model::MistralModel;
 use crate::text::{Prompt, TextTokenizer};
@@ -25,12 +29,16 @@ pub fn common_fields() -> Vec<Field> {
     ]
 }
 
-/// A model with its head, its tokenizer and its batching.
+/// What is done with tokenized rows, and the tokenizer.
 pub struct Engine {
-    model: MistralModel,
-    head: Box<dyn Head>,
     tokenizer: TextTokenizer,
-    packer: Packer,
+    work: Work,
+}
+
+/// The two ways to work: a batch at a time, or a token at a time.
+enum Work {
+    Head { model: MistralModel, head: Box<dyn Head>, packer: Packer },
+    Generate(Generator),
 }
 
 /// Tokenized rows, ready for the device.
@@ -81,12 +89,21 @@ impl Engine {
     /// An engine that packs batches of at most `max_batch_tokens` padded tokens.
     pub fn new(model: MistralModel, head: Box<dyn Head>, tokenizer: TextTokenizer, max_batch_tokens: usize) -> Self {
         let pad_token_id = model.config().pad_token_id.unwrap_or(0);
-        Self { model, head, tokenizer, packer: Packer::new(max_batch_tokens, pad_token_id) }
+        let packer = Packer::new(max_batch_tokens, pad_token_id);
+        Self { tokenizer, work: Work::Head { model, head, packer } }
     }
 
-    /// All columns that [`Engine::infer`] returns.
-    pub fn fields(&self) -> Vec<Field> {
-        self.head.fields().into_iter().chain(common_fields()).collect()
+    /// An engine that generates.
+    pub fn generating(generator: Generator, tokenizer: TextTokenizer) -> Self {
+        Self { tokenizer, work: Work::Generate(generator) }
+    }
+
+    /// Begins to generate, if that is what this engine does.
+    pub fn start_generation<T>(&self) -> Option<Generation<'_, T>> {
+        match &self.work {
+            Work::Generate(generator) => Some(generator.start(&self.tokenizer)),
+            Work::Head { .. } => None,
+        }
     }
 
     /// Tokenizes `prompts` on all cores.
@@ -113,6 +130,9 @@ impl Engine {
     /// When a tensor operation fails or a column cannot be built.
     pub fn infer(&self, prepared: PreparedRows, observer: &dyn BatchObserver) -> Result<Option<Inferred>> {
         let PreparedRows { mut rows, sequences } = prepared;
+        let Work::Head { model, head, packer } = &self.work else {
+            return Err(Error::Internal("rows to complete were given to be inferred".into()));
+        };
         let mut stats = InferStats::default();
         let mut outputs: Vec<Option<HeadOutput>> = vec![None; sequences.len()];
 
@@ -126,9 +146,9 @@ impl Engine {
         for (index, row) in rows.iter().enumerate() {
             owners[row.sequences.clone()].fill(index);
         }
-        for batch in self.packer.pack(sequences) {
+        for batch in packer.pack(sequences) {
             let started = Instant::now();
-            let batch_outputs = self.head.forward(&self.model, &batch.unpad())?;
+            let batch_outputs = head.forward(model, &batch.unpad())?;
             stats.busy += started.elapsed();
             let mut completed = 0;
             for (&sequence, output) in batch.rows().iter().zip(batch_outputs) {
@@ -149,13 +169,11 @@ impl Engine {
         let mut first_error = None;
         for (index, row) in rows.iter_mut().enumerate() {
             let chunks: Vec<HeadOutput> = outputs[row.sequences.clone()].iter_mut().filter_map(Option::take).collect();
-            let output = (!chunks.is_empty()).then(|| self.head.merge(chunks));
+            let output = (!chunks.is_empty()).then(|| head.merge(chunks));
             if output.as_ref().is_some_and(|output| !output.is_finite()) {
                 row.error = Some("the model gave NaN or infinity for this text".into());
             }
-            stats.null_rows += u64::from(row.is_null);
-            stats.truncated_rows += u64::from(row.truncated);
-            stats.failed_rows += u64::from(row.error.is_some());
+            stats.count(row);
             if first_error.is_none()
                 && let Some(error) = &row.error
             {
@@ -164,10 +182,25 @@ impl Engine {
             results.push(output.filter(|_| row.error.is_none()));
         }
 
-        let mut columns = self.head.columns(&results)?;
-        columns.push(Arc::new(rows.iter().map(|row| row.num_tokens).collect::<UInt32Array>()));
-        columns.push(Arc::new(rows.iter().map(|row| Some(row.truncated)).collect::<BooleanArray>()));
-        columns.push(Arc::new(rows.iter().map(|row| row.error.as_deref()).collect::<StringArray>()));
+        let mut columns = head.columns(&results)?;
+        columns.extend(common_columns(&rows));
         Ok(Some(Inferred { columns, stats, first_error }))
     }
+}
+
+impl InferStats {
+    fn count(&mut self, row: &Row) {
+        self.null_rows += u64::from(row.is_null);
+        self.truncated_rows += u64::from(row.truncated);
+        self.failed_rows += u64::from(row.error.is_some());
+    }
+}
+
+/// The columns of [`common_fields`].
+fn common_columns(rows: &[Row]) -> [ArrayRef; 3] {
+    [
+        Arc::new(rows.iter().map(|row| row.num_tokens).collect::<UInt32Array>()),
+        Arc::new(rows.iter().map(|row| Some(row.truncated)).collect::<BooleanArray>()),
+        Arc::new(rows.iter().map(|row| row.error.as_deref()).collect::<StringArray>()),
+    ]
 }

@@ -2,6 +2,7 @@
 
 mod embedding;
 mod sequence_classification;
+mod token_logprobs;
 
 use arrow::array::ArrayRef;
 use arrow::datatypes::Field;
@@ -12,6 +13,7 @@ use crate::model::{Architecture, Checkpoint, MistralModel};
 
 pub use embedding::{EmbedOptions, Embedding, Pooling};
 pub use sequence_classification::{ClassifyOptions, FunctionToApply, SequenceClassification, TaskKind, TopK};
+pub use token_logprobs::TokenLogprob;
 
 /// A head turns a batch into one output per sequence, and outputs into result columns.
 pub trait Head: Send + Sync {

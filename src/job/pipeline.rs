@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrow::array::{ArrayRef, BooleanArray, RecordBatch};
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::task::spawn_blocking;
 
@@ -16,11 +17,12 @@ use super::report::UnitCounts;
 use super::runner::join;
 use super::spec::JobSpec;
 use super::truth::Agreement;
+use crate::batch::Padding;
 use crate::data::part::PartWriter;
 use crate::data::sink::Sink;
 use crate::data::source::{Window, WindowReader};
 use crate::data::units::Unit;
-use crate::engine::{Engine, PreparedRows};
+use crate::engine::{BatchObserver, Engine, Generation, Inferred, PreparedRows};
 use crate::error::{Error, Result};
 
 /// Windows that wait between two stages.
@@ -36,17 +38,19 @@ pub struct PipelineTotals {
     pub elapsed: Duration,
 }
 
-/// A window whose texts are tokenized.
-struct PreparedWindow {
+/// Rows of a window on their way through the device.
+struct WindowRows {
     unit: usize,
     first_row: u64,
     last: bool,
     /// Rows that passed the filter, with the columns that were read.
     batch: RecordBatch,
-    /// Which rows of the window passed, for messages that name a row.
+    /// Which rows of the window passed.
     passing: Option<BooleanArray>,
-    rows: PreparedRows,
 }
+
+/// A window whose texts are tokenized.
+type PreparedWindow = (WindowRows, PreparedRows);
 
 /// A window whose results are computed, in the output's columns.
 struct FinishedWindow {
@@ -126,8 +130,8 @@ impl Stage {
                 None => (batch, None),
             };
             let rows = self.engine.prepare(&self.plan.prompts.prompts(&batch)?);
-            let prepared = PreparedWindow { unit, first_row, last, batch, passing, rows };
-            if sender.blocking_send(prepared).is_err() {
+            let window = WindowRows { unit, first_row, last, batch, passing };
+            if sender.blocking_send((window, rows)).is_err() {
                 break;
             }
         }
@@ -136,43 +140,116 @@ impl Stage {
 
     fn compute(
         &self,
+        receiver: Receiver<PreparedWindow>,
+        sender: Sender<FinishedWindow>,
+        failed_rows: u64,
+    ) -> Result<()> {
+        match self.engine.start_generation() {
+            Some(generation) => self.generate(generation, receiver, sender, failed_rows),
+            None => self.infer(receiver, sender, failed_rows),
+        }
+    }
+
+    /// One window after the other.
+    fn infer(
+        &self,
         mut receiver: Receiver<PreparedWindow>,
         sender: Sender<FinishedWindow>,
         mut failed_rows: u64,
     ) -> Result<()> {
-        while let Some(PreparedWindow { unit, first_row, last, batch, passing, rows }) = receiver.blocking_recv() {
+        while let Some((window, rows)) = receiver.blocking_recv() {
             let Some(inferred) = self.engine.infer(rows, &*self.control)? else {
                 return self.control.check();
             };
-            failed_rows += inferred.stats.failed_rows;
-            Counters::add(&self.control.counters.rows_failed, inferred.stats.failed_rows);
-            if let (Some(allowed), Some((index, message))) = (self.spec.max_errors, inferred.first_error)
-                && failed_rows > allowed
-            {
-                let index = passing.map_or(Some(index), |passing| passing.values().set_indices().nth(index));
-                return Err(Error::TooManyRowErrors {
-                    errors: failed_rows,
-                    allowed,
-                    path: self.plan.dataset.files[self.plan.units[unit].file].path.clone(),
-                    row: first_row + index.unwrap_or(0) as u64,
-                    message,
-                });
-            }
-            let agreement = match (self.plan.truth, &self.spec.truth_column) {
-                (Some(truth), Some(column)) => truth.compare(&inferred.columns, &self.column(&batch, column)?)?,
-                _ => Agreement::default(),
-            };
-            let counts = UnitCounts::new(batch.num_rows() as u64, &inferred.stats, agreement);
-            let mut columns: Vec<ArrayRef> =
-                self.plan.kept.iter().map(|name| self.column(&batch, name)).collect::<Result<_>>()?;
-            columns.extend(inferred.columns);
-            let batch = RecordBatch::try_new(self.plan.output_schema.clone(), columns)?;
-            let finished = FinishedWindow { unit, last, batch, counts, busy: inferred.stats.busy };
-            if sender.blocking_send(finished).is_err() {
+            if sender.blocking_send(self.finish(window, inferred, &mut failed_rows)?).is_err() {
                 break;
             }
         }
         Ok(())
+    }
+
+    /// Windows overlap: the next one's prompts fill the slots that the one before leaves.
+    fn generate(
+        &self,
+        mut generation: Generation<'_, WindowRows>,
+        mut receiver: Receiver<PreparedWindow>,
+        sender: Sender<FinishedWindow>,
+        mut failed_rows: u64,
+    ) -> Result<()> {
+        let mut input_ended = false;
+        loop {
+            while !input_ended && generation.wants_more() {
+                let next = if generation.is_empty() {
+                    receiver.blocking_recv()
+                } else {
+                    match receiver.try_recv() {
+                        Ok(window) => Some(window),
+                        Err(TryRecvError::Empty) => break,
+                        Err(TryRecvError::Disconnected) => None,
+                    }
+                };
+                match next {
+                    None => input_ended = true,
+                    Some((window, rows)) => {
+                        let numbers = self.row_numbers(&window);
+                        let without_work = generation.push(window, rows, numbers.into_iter());
+                        self.control.after_batch(without_work, Padding::default());
+                    }
+                }
+            }
+            while let Some((window, inferred)) = generation.pop()? {
+                if sender.blocking_send(self.finish(window, inferred, &mut failed_rows)?).is_err() {
+                    return Ok(());
+                }
+            }
+            if generation.is_empty() {
+                if input_ended {
+                    return Ok(());
+                }
+            } else if !generation.step(&*self.control)? {
+                return self.control.check();
+            }
+        }
+    }
+
+    /// Each row's number in the whole input, whatever was filtered.
+    fn row_numbers(&self, window: &WindowRows) -> Vec<u64> {
+        let file = self.plan.units[window.unit].file;
+        let before: u64 = self.plan.dataset.files[..file].iter().map(|file| file.rows).sum();
+        let first = before + window.first_row;
+        match &window.passing {
+            Some(passing) => passing.values().set_indices().map(|index| first + index as u64).collect(),
+            None => (first..first + window.batch.num_rows() as u64).collect(),
+        }
+    }
+
+    /// Puts a window's results beside its input columns, and counts.
+    fn finish(&self, window: WindowRows, inferred: Inferred, failed_rows: &mut u64) -> Result<FinishedWindow> {
+        let WindowRows { unit, first_row, last, batch, passing } = window;
+        *failed_rows += inferred.stats.failed_rows;
+        Counters::add(&self.control.counters.rows_failed, inferred.stats.failed_rows);
+        if let (Some(allowed), Some((index, message))) = (self.spec.max_errors, inferred.first_error)
+            && *failed_rows > allowed
+        {
+            let index = passing.map_or(Some(index), |passing| passing.values().set_indices().nth(index));
+            return Err(Error::TooManyRowErrors {
+                errors: *failed_rows,
+                allowed,
+                path: self.plan.dataset.files[self.plan.units[unit].file].path.clone(),
+                row: first_row + index.unwrap_or(0) as u64,
+                message,
+            });
+        }
+        let agreement = match (self.plan.truth, &self.spec.truth_column) {
+            (Some(truth), Some(column)) => truth.compare(&inferred.columns, &self.column(&batch, column)?)?,
+            _ => Agreement::default(),
+        };
+        let counts = UnitCounts::new(batch.num_rows() as u64, &inferred.stats, agreement);
+        let mut columns: Vec<ArrayRef> =
+            self.plan.kept.iter().map(|name| self.column(&batch, name)).collect::<Result<_>>()?;
+        columns.extend(inferred.columns);
+        let batch = RecordBatch::try_new(self.plan.output_schema.clone(), columns)?;
+        Ok(FinishedWindow { unit, last, batch, counts, busy: inferred.stats.busy })
     }
 
     /// Writes each unit's windows to its part and commits it after its last; an unfinished part is dropped.

@@ -205,6 +205,11 @@ impl TextTokenizer {
         self.tokenizer.get_vocab_size(true)
     }
 
+    /// A token as it stands in the vocabulary.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
+    }
+
     /// The class that transformers loads it with, if stored.
     pub fn class_name(&self) -> Option<&str> {
         self.config.tokenizer_class.as_deref()
