@@ -60,7 +60,7 @@ fn a_row_alone_equals_itself_in_any_company() {
     let model = model("cls-window-sharded");
     let vocab_size = model.config().vocab_size;
     let probe = sequence(99, 40, vocab_size);
-    let alone = rows(&model.forward(&LeftPaddedBatch::new(&[probe.clone()], 0).unpad()).unwrap());
+    let alone = rows(&model.forward(&LeftPaddedBatch::new(std::slice::from_ref(&probe), 0).unpad()).unwrap());
     for company in [vec![1], vec![300], vec![40; 7], vec![3, 100, 5, 17, 64]] {
         let mut sequences: Vec<_> = company.iter().enumerate().map(|(row, &n)| sequence(row, n, vocab_size)).collect();
         for place in [0, sequences.len()] {
