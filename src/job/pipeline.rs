@@ -126,15 +126,27 @@ impl Stage {
                 }
                 None => (batch, None),
             };
-            let column = self.column(&batch, &self.spec.text_column)?;
-            let texts = as_text(&column).ok_or_else(|| Error::Internal("the text column is not text".into()))?;
-            let rows = self.engine.prepare(&texts.iter().collect::<Vec<_>>());
+            let rows = self.tokenize(&batch)?;
             let prepared = PreparedWindow { unit, first_row, last, batch, passing, rows };
             if sender.blocking_send(prepared).is_err() {
                 break;
             }
         }
         Ok(())
+    }
+
+    fn tokenize(&self, batch: &RecordBatch) -> Result<PreparedRows> {
+        let names = self.spec.text_columns();
+        let columns: Vec<ArrayRef> = names.iter().map(|(name, _)| self.column(batch, name)).collect::<Result<_>>()?;
+        let mut texts = Vec::with_capacity(columns.len());
+        for column in &columns {
+            let text = as_text(column).ok_or_else(|| Error::Internal("the text column is not text".into()))?;
+            texts.push(text.iter().collect::<Vec<_>>());
+        }
+        Ok(match &texts[..] {
+            [contexts, continuations] => self.engine.prepare_continuations(contexts, continuations),
+            texts => self.engine.prepare(&texts.concat()),
+        })
     }
 
     fn compute(

@@ -49,13 +49,16 @@ impl JobPlan {
     /// # Errors
     /// Everything that can be told without computing: see the variants of [`Error`].
     pub fn new(spec: &JobSpec, checkpoint: &Checkpoint, tokenizer: &TextTokenizer, max_length: usize) -> Result<Self> {
+        let text_columns = spec.text_columns();
         let dataset = Arc::new(Dataset::open(&DatasetOptions {
             inputs: spec.inputs.clone(),
             format: spec.input_format,
-            text_columns: vec![spec.text_column.clone()],
+            text_columns: text_columns.iter().map(|(column, _)| (*column).to_owned()).collect(),
         })?);
         let first_path = dataset.files.first().map(|file| file.path.clone()).unwrap_or_default();
-        check_text_column(&dataset, &spec.text_column, &first_path)?;
+        for (column, flag) in &text_columns {
+            check_text_column(&dataset, column, flag, &first_path)?;
+        }
 
         let results: Vec<Field> = spec.command.fields(checkpoint)?.into_iter().chain(common_fields()).collect();
         let kept = kept_columns(&dataset, spec.keep.as_deref())?;
@@ -64,7 +67,7 @@ impl JobPlan {
 
         let filter = spec.filter.as_deref().map(|sql| RowFilter::compile(sql, &dataset.schema)).transpose()?;
         let mut needed: Vec<String> = kept.clone();
-        needed.push(spec.text_column.clone());
+        needed.extend(text_columns.iter().map(|(column, _)| (*column).to_owned()));
         needed.extend(spec.truth_column.clone());
         needed.extend(filter.iter().flat_map(RowFilter::columns));
         let projection: Vec<String> =
@@ -149,8 +152,8 @@ fn to_json(value: &impl serde::Serialize) -> Result<Value> {
     serde_json::to_value(value).map_err(|error| Error::Internal(error.to_string()))
 }
 
-fn check_text_column(dataset: &Dataset, column: &str, path: &Path) -> Result<()> {
-    let field = dataset.column(column, "--text-column")?;
+fn check_text_column(dataset: &Dataset, column: &str, flag: &'static str, path: &Path) -> Result<()> {
+    let field = dataset.column(column, flag)?;
     if is_text(field.data_type()) {
         return Ok(());
     }
@@ -159,7 +162,7 @@ fn check_text_column(dataset: &Dataset, column: &str, path: &Path) -> Result<()>
         path: path.to_owned(),
         found: field.data_type().to_string(),
         expected: "text",
-        flag: "--text-column",
+        flag,
     })
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::command::{CommandSpec, DEFAULT_STRIDE};
+use super::command::{CommandSpec, DEFAULT_STRIDE, ScoreOptions};
 use crate::data::InputFormat;
 use crate::data::sink::OnExisting;
 use crate::text::Overflow;
@@ -48,6 +48,16 @@ pub struct JobSpec {
 }
 
 impl JobSpec {
+    /// The columns that hold the text, each with the flag that names it: one, or a context and its continuation.
+    pub fn text_columns(&self) -> Vec<(&str, &'static str)> {
+        match &self.command {
+            CommandSpec::Score(ScoreOptions { continuation: Some(columns), .. }) => {
+                vec![(&columns.context, "--context-column"), (&columns.continuation, "--continuation-column")]
+            }
+            _ => vec![(&self.text_column, "--text-column")],
+        }
+    }
+
     /// What happens to a text over the limit.
     pub fn overflow(&self) -> Overflow {
         self.overflow.unwrap_or(self.command.default_overflow())

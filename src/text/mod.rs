@@ -1,5 +1,6 @@
 //! Text becomes token ids, as transformers makes them.
 
+mod continuation;
 mod tokenizer;
 
-pub use tokenizer::{Overflow, TextTokenizer, Tokenized};
+pub use tokenizer::{Overflow, TextTokenizer, TokenDetail, Tokenized};
