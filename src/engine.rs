@@ -18,7 +18,7 @@ use crate::batch::{Packer, Padding, Sequence};
 use crate::error::{Error, Result};
 use crate::heads::{Head, HeadOutput};
 use crate::model::MistralModel;
-use crate::text::{Prompt, TextTokenizer};
+use crate::text::{Prompt, TextTokenizer, TokenDetail, Tokenized};
 
 /// The columns that every command that runs a model appends after its head's.
 pub fn common_fields() -> Vec<Field> {
@@ -45,6 +45,28 @@ enum Work {
 pub struct PreparedRows {
     rows: Vec<Row>,
     sequences: Vec<Sequence>,
+    /// By number of the sequence.
+    details: Vec<TokenDetail>,
+}
+
+impl PreparedRows {
+    fn new(tokenized: Vec<Option<Result<Tokenized, String>>>) -> Self {
+        let mut sequences = Vec::with_capacity(tokenized.len());
+        let mut details = Vec::with_capacity(tokenized.len());
+        let rows = tokenized.into_iter().map(|tokenized| match tokenized {
+            None => Row { is_null: true, ..Row::default() },
+            Some(Err(error)) => Row { error: Some(error), ..Row::default() },
+            Some(Ok(tokenized)) => {
+                let first = sequences.len();
+                let num_tokens = Some(tokenized.num_tokens() as u32);
+                sequences.extend((first..).zip(tokenized.chunks).map(|(row, input_ids)| Sequence { row, input_ids }));
+                details.extend(tokenized.details);
+                details.resize_with(sequences.len(), TokenDetail::default);
+                Row { num_tokens, truncated: tokenized.truncated, sequences: first..sequences.len(), ..Row::default() }
+            }
+        });
+        Self { rows: rows.collect(), sequences, details }
+    }
 }
 
 /// What is known of a row beside its results.
@@ -108,18 +130,12 @@ impl Engine {
 
     /// Tokenizes `prompts` on all cores.
     pub fn prepare(&self, prompts: &[Prompt]) -> PreparedRows {
-        let mut sequences = Vec::with_capacity(prompts.len());
-        let rows = self.tokenizer.tokenize(prompts).into_iter().map(|tokenized| match tokenized {
-            None => Row { is_null: true, ..Row::default() },
-            Some(Err(error)) => Row { error: Some(error), ..Row::default() },
-            Some(Ok(tokenized)) => {
-                let first = sequences.len();
-                let num_tokens = Some(tokenized.num_tokens() as u32);
-                sequences.extend((first..).zip(tokenized.chunks).map(|(row, input_ids)| Sequence { row, input_ids }));
-                Row { num_tokens, truncated: tokenized.truncated, sequences: first..sequences.len(), ..Row::default() }
-            }
-        });
-        PreparedRows { rows: rows.collect(), sequences }
+        PreparedRows::new(self.tokenizer.tokenize(prompts))
+    }
+
+    /// Tokenizes each context with its continuation on all cores; a head that scores answers for the latter alone.
+    pub fn prepare_continuations(&self, contexts: &[Option<&str>], continuations: &[Option<&str>]) -> PreparedRows {
+        PreparedRows::new(self.tokenizer.tokenize_continuations(contexts, continuations))
     }
 
     /// Computes prepared rows; `None` when `observer` asked to stop.
@@ -129,7 +145,7 @@ impl Engine {
     /// # Errors
     /// When a tensor operation fails or a column cannot be built.
     pub fn infer(&self, prepared: PreparedRows, observer: &dyn BatchObserver) -> Result<Option<Inferred>> {
-        let PreparedRows { mut rows, sequences } = prepared;
+        let PreparedRows { mut rows, sequences, details } = prepared;
         let Work::Head { model, head, packer } = &self.work else {
             return Err(Error::Internal("rows to complete were given to be inferred".into()));
         };
@@ -148,7 +164,8 @@ impl Engine {
         }
         for batch in packer.pack(sequences) {
             let started = Instant::now();
-            let batch_outputs = head.forward(model, &batch.unpad())?;
+            let details: Vec<&TokenDetail> = batch.rows().iter().map(|&sequence| &details[sequence]).collect();
+            let batch_outputs = head.forward(model, &batch.unpad(), &details)?;
             stats.busy += started.elapsed();
             let mut completed = 0;
             for (&sequence, output) in batch.rows().iter().zip(batch_outputs) {

@@ -6,6 +6,7 @@ mod completions;
 mod embed;
 mod inspect;
 mod progress;
+mod score;
 mod values;
 
 use std::any::Any;
@@ -31,6 +32,7 @@ struct Cli {
 enum Command {
     Classify(Box<classify::ClassifyArgs>),
     Embed(Box<embed::EmbedArgs>),
+    Score(Box<score::ScoreArgs>),
     Inspect(inspect::InspectArgs),
     Completions(completions::CompletionsArgs),
 }
@@ -40,6 +42,7 @@ Examples:
   mistral-batch classify -i tickets.parquet --model ./ticket-classifier -o tickets-labelled
   mistral-batch classify -i 'logs/*.jsonl' --text-column message --model org/name -o labelled.parquet
   mistral-batch embed -i docs.parquet --model org/embedder --pooling mean --normalize -o vectors
+  mistral-batch score -i essays.parquet --model org/mistral --logprobs -o likelihoods
   mistral-batch inspect ./ticket-classifier
 
 Every long flag of a command can be given as an environment variable, --max-length as MISTRAL_BATCH_MAX_LENGTH.
@@ -108,6 +111,7 @@ impl Cli {
         match self.command {
             Command::Classify(args) => args.run(),
             Command::Embed(args) => args.run(),
+            Command::Score(args) => args.run(),
             Command::Inspect(args) => args.run(),
             Command::Completions(args) => args.run(),
         }

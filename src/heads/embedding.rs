@@ -11,6 +11,7 @@ use super::{Head, HeadOutput, check_architecture};
 use crate::batch::PackedBatch;
 use crate::error::Result;
 use crate::model::{Architecture, Checkpoint, MistralModel};
+use crate::text::TokenDetail;
 
 /// Below this length a vector is not scaled up any more, as in torch's `normalize`.
 const SHORTEST_NORM: f32 = 1e-12;
@@ -71,7 +72,7 @@ impl Head for Embedding {
         Self::fields_of(self.hidden_size)
     }
 
-    fn forward(&self, model: &MistralModel, batch: &PackedBatch) -> Result<Vec<HeadOutput>> {
+    fn forward(&self, model: &MistralModel, batch: &PackedBatch, _: &[&TokenDetail]) -> Result<Vec<HeadOutput>> {
         let sequences = 0..batch.num_sequences();
         let vectors = match self.options.pooling {
             Pooling::Last => {
@@ -88,29 +89,29 @@ impl Head for Embedding {
                     .collect::<candle_core::Result<_>>()?
             }
         };
-        Ok(vectors.into_iter().map(HeadOutput).collect())
+        Ok(vectors.into_iter().map(HeadOutput::Values).collect())
     }
 
     /// Chunks of one text count alike: their vectors are averaged, and only then scaled.
     fn merge(&self, chunks: Vec<HeadOutput>) -> HeadOutput {
         let count = chunks.len() as f32;
         let mut sum = vec![0.0; self.hidden_size];
-        for HeadOutput(vector) in &chunks {
-            sum.iter_mut().zip(vector).for_each(|(sum, value)| *sum += value);
+        for chunk in &chunks {
+            sum.iter_mut().zip(chunk.values()).for_each(|(sum, value)| *sum += value);
         }
         let mut mean: Vec<f32> = sum.into_iter().map(|sum| sum / count).collect();
         if self.options.normalize {
             let norm = mean.iter().map(|value| value * value).sum::<f32>().sqrt().max(SHORTEST_NORM);
             mean.iter_mut().for_each(|value| *value /= norm);
         }
-        HeadOutput(mean)
+        HeadOutput::Values(mean)
     }
 
     fn columns(&self, rows: &[Option<HeadOutput>]) -> Result<Vec<ArrayRef>> {
         let mut values = Vec::with_capacity(rows.len() * self.hidden_size);
         for row in rows {
             match row {
-                Some(HeadOutput(vector)) => values.extend_from_slice(vector),
+                Some(output) => values.extend_from_slice(output.values()),
                 None => values.resize(values.len() + self.hidden_size, 0.0), // a null row has its place all the same
             }
         }
@@ -136,15 +137,19 @@ mod tests {
 
     #[test]
     fn chunks_are_averaged_and_then_scaled() {
-        let chunks = || vec![HeadOutput(vec![6.0, 0.0]), HeadOutput(vec![0.0, 8.0])];
-        assert_eq!(head(false).merge(chunks()), HeadOutput(vec![3.0, 4.0]));
-        assert_eq!(head(true).merge(chunks()), HeadOutput(vec![0.6, 0.8]));
-        assert_eq!(head(true).merge(vec![HeadOutput(vec![0.0, 0.0])]), HeadOutput(vec![0.0, 0.0]), "no NaN");
+        let chunks = || vec![HeadOutput::Values(vec![6.0, 0.0]), HeadOutput::Values(vec![0.0, 8.0])];
+        assert_eq!(head(false).merge(chunks()), HeadOutput::Values(vec![3.0, 4.0]));
+        assert_eq!(head(true).merge(chunks()), HeadOutput::Values(vec![0.6, 0.8]));
+        assert_eq!(
+            head(true).merge(vec![HeadOutput::Values(vec![0.0, 0.0])]),
+            HeadOutput::Values(vec![0.0, 0.0]),
+            "no NaN"
+        );
     }
 
     #[test]
     fn a_row_without_a_result_is_null() {
-        let columns = head(false).columns(&[Some(HeadOutput(vec![1.0, 2.0])), None]).unwrap();
+        let columns = head(false).columns(&[Some(HeadOutput::Values(vec![1.0, 2.0])), None]).unwrap();
         assert_eq!(columns[0].data_type(), head(false).fields()[0].data_type());
         assert_eq!((columns[0].len(), columns[0].is_null(0), columns[0].is_null(1)), (2, false, true));
         let first = columns[0].as_fixed_size_list().value(0);

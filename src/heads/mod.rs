@@ -1,6 +1,7 @@
 //! What is read off the hidden states: one file a head.
 
 mod embedding;
+mod score;
 mod sequence_classification;
 mod token_logprobs;
 
@@ -10,8 +11,10 @@ use arrow::datatypes::Field;
 use crate::batch::PackedBatch;
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Checkpoint, MistralModel};
+use crate::text::TokenDetail;
 
 pub use embedding::{EmbedOptions, Embedding, Pooling};
+pub use score::Score;
 pub use sequence_classification::{ClassifyOptions, FunctionToApply, SequenceClassification, TaskKind, TopK};
 pub use token_logprobs::TokenLogprob;
 
@@ -20,11 +23,11 @@ pub trait Head: Send + Sync {
     /// The result columns that this head appends, in order.
     fn fields(&self) -> Vec<Field>;
 
-    /// Runs model and head: one output per sequence of the batch, in its order.
+    /// Runs model and head: one output per sequence of the batch, in its order; `details` has what is known of each.
     ///
     /// # Errors
     /// When a tensor operation fails.
-    fn forward(&self, model: &MistralModel, batch: &PackedBatch) -> Result<Vec<HeadOutput>>;
+    fn forward(&self, model: &MistralModel, batch: &PackedBatch, details: &[&TokenDetail]) -> Result<Vec<HeadOutput>>;
 
     /// Joins the outputs of one text's chunks, given in text order; there is at least one.
     fn merge(&self, chunks: Vec<HeadOutput>) -> HeadOutput;
@@ -36,14 +39,38 @@ pub trait Head: Send + Sync {
     fn columns(&self, rows: &[Option<HeadOutput>]) -> Result<Vec<ArrayRef>>;
 }
 
-/// The numbers that a head computes for one sequence.
+/// What a head computes for one sequence.
 #[derive(Debug, Clone, PartialEq)]
-pub struct HeadOutput(pub Vec<f32>);
+pub enum HeadOutput {
+    /// A number for each label, or for each dimension of a vector.
+    Values(Vec<f32>),
+    /// The scored tokens, in text order.
+    Logprobs(Vec<TokenLogprob>),
+}
 
 impl HeadOutput {
     /// Whether every number is one.
     pub fn is_finite(&self) -> bool {
-        self.0.iter().all(|value| value.is_finite())
+        match self {
+            Self::Values(values) => values.iter().all(|value| value.is_finite()),
+            Self::Logprobs(tokens) => tokens.iter().all(|token| token.logprob.is_finite()),
+        }
+    }
+
+    /// The numbers of [`HeadOutput::Values`].
+    fn values(&self) -> &[f32] {
+        match self {
+            Self::Values(values) => values,
+            _ => &[],
+        }
+    }
+
+    /// The tokens of [`HeadOutput::Logprobs`].
+    fn logprobs(&self) -> &[TokenLogprob] {
+        match self {
+            Self::Logprobs(tokens) => tokens,
+            _ => &[],
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use super::{Head, HeadOutput, check_architecture};
 use crate::batch::PackedBatch;
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Checkpoint, MistralModel, ProblemType};
+use crate::text::TokenDetail;
 
 /// What turns logits into scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -157,7 +158,7 @@ impl Head for SequenceClassification {
         Self::fields_of(self.task, &self.options)
     }
 
-    fn forward(&self, model: &MistralModel, batch: &PackedBatch) -> Result<Vec<HeadOutput>> {
+    fn forward(&self, model: &MistralModel, batch: &PackedBatch, _: &[&TokenDetail]) -> Result<Vec<HeadOutput>> {
         let pooled: Vec<u32> = (0..batch.num_sequences())
             .map(|b| {
                 let range = batch.range(b);
@@ -166,7 +167,7 @@ impl Head for SequenceClassification {
             .collect();
         let hidden_states = model.forward_at(batch, &pooled)?; // [B, hidden]
         let logits = hidden_states.matmul(&self.score.t()?)?.to_vec2::<f32>()?; // [B, labels]
-        Ok(logits.into_iter().map(|logits| HeadOutput(apply(self.function, &logits))).collect())
+        Ok(logits.into_iter().map(|logits| HeadOutput::Values(apply(self.function, &logits))).collect())
     }
 
     /// Chunks of one text count alike: their scores are averaged.
@@ -174,13 +175,12 @@ impl Head for SequenceClassification {
         if chunks.len() == 1 {
             return chunks.swap_remove(0);
         }
-        let mean =
-            |label: usize| chunks.iter().map(|HeadOutput(scores)| scores[label]).sum::<f32>() / chunks.len() as f32;
-        HeadOutput((0..self.labels.len()).map(mean).collect())
+        let mean = |label: usize| chunks.iter().map(|chunk| chunk.values()[label]).sum::<f32>() / chunks.len() as f32;
+        HeadOutput::Values((0..self.labels.len()).map(mean).collect())
     }
 
     fn columns(&self, rows: &[Option<HeadOutput>]) -> Result<Vec<ArrayRef>> {
-        let scores = || rows.iter().map(|row| row.as_ref().map(|HeadOutput(scores)| &scores[..]));
+        let scores = || rows.iter().map(|row| row.as_ref().map(HeadOutput::values));
         if self.task == TaskKind::Regression {
             let values: Float32Array = scores().map(|row| row.and_then(|values| values.first().copied())).collect();
             return Ok(vec![Arc::new(values)]);
@@ -327,7 +327,7 @@ mod tests {
     fn columns_hold_nulls_ties_and_lists() {
         let options = ClassifyOptions { top_k: Some(TopK::N(2)), threshold: 0.4, ..Default::default() };
         let head = head(TaskKind::MultiLabel, None, options);
-        let rows = [Some(HeadOutput(vec![0.2, 0.5, 0.5])), None, Some(HeadOutput(vec![0.3, 0.1, 0.2]))];
+        let rows = [Some(HeadOutput::Values(vec![0.2, 0.5, 0.5])), None, Some(HeadOutput::Values(vec![0.3, 0.1, 0.2]))];
         let columns = head.columns(&rows).unwrap();
         assert_eq!(columns.len(), head.fields().len());
         for (column, field) in columns.iter().zip(head.fields()) {
@@ -349,7 +349,7 @@ mod tests {
     #[test]
     fn chunks_are_averaged() {
         let head = head(TaskKind::SingleLabel, None, Default::default());
-        let merged = head.merge(vec![HeadOutput(vec![1.0, 0.0, 0.0]), HeadOutput(vec![0.5, 0.5, 0.0])]);
-        assert_eq!(merged, HeadOutput(vec![0.75, 0.25, 0.0]));
+        let merged = head.merge(vec![HeadOutput::Values(vec![1.0, 0.0, 0.0]), HeadOutput::Values(vec![0.5, 0.5, 0.0])]);
+        assert_eq!(merged, HeadOutput::Values(vec![0.75, 0.25, 0.0]));
     }
 }

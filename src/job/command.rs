@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::spec::JobSpec;
 use super::truth::TruthKind;
 use crate::error::{Error, Result};
-use crate::heads::{ClassifyOptions, EmbedOptions, Embedding, Head, SequenceClassification};
+use crate::heads::{ClassifyOptions, EmbedOptions, Embedding, Head, Score, SequenceClassification};
 use crate::model::Checkpoint;
 use crate::text::{Overflow, TextTokenizer};
 
@@ -24,6 +24,23 @@ pub const DEFAULT_STRIDE: usize = 64;
 pub enum CommandSpec {
     Classify(ClassifyOptions),
     Embed(EmbedOptions),
+    Score(ScoreOptions),
+}
+
+/// Settings of `score`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ScoreOptions {
+    /// Adds `token_logprobs`.
+    pub logprobs: bool,
+    /// Scores a continuation given its context instead of a whole text.
+    pub continuation: Option<ContinuationColumns>,
+}
+
+/// The columns of a context and its continuation.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ContinuationColumns {
+    pub context: String,
+    pub continuation: String,
 }
 
 impl CommandSpec {
@@ -32,6 +49,15 @@ impl CommandSpec {
         match self {
             Self::Classify(_) => "classify",
             Self::Embed(_) => "embed",
+            Self::Score(_) => "score",
+        }
+    }
+
+    /// The columns of a context and its continuation, where those are scored.
+    pub fn continuation(&self) -> Option<&ContinuationColumns> {
+        match self {
+            Self::Score(options) => options.continuation.as_ref(),
+            _ => None,
         }
     }
 
@@ -49,6 +75,10 @@ impl CommandSpec {
                 Embedding::check(checkpoint)?;
                 Ok(Embedding::fields_of(checkpoint.config.hidden_size))
             }
+            Self::Score(options) => {
+                Score::check(checkpoint)?;
+                Ok(Score::fields_of(options.logprobs))
+            }
         }
     }
 
@@ -56,10 +86,14 @@ impl CommandSpec {
     ///
     /// # Errors
     /// As [`CommandSpec::fields`], and when the head's weights are unusable.
-    pub fn head(&self, checkpoint: &Checkpoint, device: &Device) -> Result<Box<dyn Head>> {
+    pub fn head(&self, checkpoint: &Checkpoint, tokenizer: &TextTokenizer, device: &Device) -> Result<Box<dyn Head>> {
         Ok(match self {
             Self::Classify(options) => Box::new(SequenceClassification::load(checkpoint, options.clone(), device)?),
             Self::Embed(options) => Box::new(Embedding::new(checkpoint, *options)?),
+            Self::Score(options) => {
+                let tokenizer = options.logprobs.then(|| tokenizer.clone());
+                Box::new(Score::load(checkpoint, tokenizer, device)?)
+            }
         })
     }
 
@@ -73,7 +107,7 @@ impl CommandSpec {
                 let (task, _) = SequenceClassification::plan(checkpoint, options)?;
                 TruthKind::of(task, column, truth, path)
             }
-            Self::Embed(_) => Err(Error::Usage(format!(
+            Self::Embed(_) | Self::Score(_) => Err(Error::Usage(format!(
                 "--truth-column does not fit {}: its results are not predictions that could be right",
                 self.name()
             ))),
@@ -83,7 +117,9 @@ impl CommandSpec {
     /// What happens to a long text where nothing is said.
     pub fn default_overflow(&self) -> Overflow {
         match self {
-            Self::Classify(_) | Self::Embed(_) => Overflow::TruncateRight,
+            // What is asked about stands at the end.
+            Self::Score(ScoreOptions { continuation: Some(_), .. }) => Overflow::TruncateLeft,
+            Self::Classify(_) | Self::Embed(_) | Self::Score(_) => Overflow::TruncateRight,
         }
     }
 
@@ -102,8 +138,25 @@ impl CommandSpec {
             Self::Embed(EmbedOptions { append_eos: true, .. }) => {
                 tokenizer.with_appended_eos(checkpoint.config.eos_token_ids.first().copied())?
             }
+            Self::Score(options) => {
+                check_score_overflow(options, spec.overflow())?;
+                tokenizer
+            }
             _ => tokenizer,
         };
         tokenizer.with_limit(max_length, spec.overflow(), spec.stride(max_length))
+    }
+}
+
+fn check_score_overflow(options: &ScoreOptions, overflow: Overflow) -> Result<()> {
+    match overflow {
+        Overflow::Chunk => {
+            Err(Error::Usage("--overflow chunk does not fit score: a text's tokens are scored in one sequence".into()))
+        }
+        Overflow::TruncateRight if options.continuation.is_some() => Err(Error::Usage(
+            "--overflow truncate-right would drop the continuation that is to be scored; use truncate-left or error"
+                .into(),
+        )),
+        _ => Ok(()),
     }
 }

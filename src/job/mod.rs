@@ -10,7 +10,7 @@ mod runner;
 mod spec;
 mod truth;
 
-pub use command::{CommandSpec, DEFAULT_STRIDE};
+pub use command::{CommandSpec, ContinuationColumns, DEFAULT_STRIDE, ScoreOptions};
 pub use control::{Counters, RunControl};
 pub use report::{RunDetails, RunReport, UnitCounts};
 pub use runner::run;

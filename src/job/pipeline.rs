@@ -13,6 +13,7 @@ use tokio::task::spawn_blocking;
 
 use super::control::{Counters, RunControl};
 use super::plan::JobPlan;
+use super::prompts::RowTexts;
 use super::report::UnitCounts;
 use super::runner::join;
 use super::spec::JobSpec;
@@ -129,7 +130,12 @@ impl Stage {
                 }
                 None => (batch, None),
             };
-            let rows = self.engine.prepare(&self.plan.prompts.prompts(&batch)?);
+            let rows = match self.plan.prompts.rows(&batch)? {
+                RowTexts::Prompts(prompts) => self.engine.prepare(&prompts),
+                RowTexts::Continuations { contexts, continuations } => {
+                    self.engine.prepare_continuations(&contexts, &continuations)
+                }
+            };
             let window = WindowRows { unit, first_row, last, batch, passing };
             if sender.blocking_send((window, rows)).is_err() {
                 break;

@@ -8,7 +8,7 @@ use arrow::datatypes::{Field, Schema, SchemaRef};
 use serde_json::{Value, json};
 
 use super::prompts::PromptSource;
-use super::spec::{JobSpec, PromptSpec};
+use super::spec::JobSpec;
 use super::truth::TruthKind;
 use crate::data::dataset::{Dataset, DatasetOptions};
 use crate::data::filter::RowFilter;
@@ -53,13 +53,10 @@ impl JobPlan {
         let dataset = Arc::new(Dataset::open(&DatasetOptions {
             inputs: spec.inputs.clone(),
             format: spec.input_format,
-            text_columns: match &spec.prompt {
-                PromptSpec::Column(column) => vec![column.clone()],
-                PromptSpec::Template(_) | PromptSpec::Chat { .. } => Vec::new(),
-            },
+            text_columns: spec.text_columns().into_iter().map(str::to_owned).collect(),
         })?);
         let first_path = dataset.files.first().map(|file| file.path.clone()).unwrap_or_default();
-        let prompts = PromptSource::new(&spec.prompt, &dataset, tokenizer)?;
+        let prompts = PromptSource::new(spec, &dataset, tokenizer)?;
 
         let results: Vec<Field> = spec.command.fields(checkpoint)?.into_iter().chain(common_fields()).collect();
         let kept = kept_columns(&dataset, spec.keep.as_deref())?;

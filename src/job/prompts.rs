@@ -6,7 +6,8 @@ use arrow::array::{ArrayRef, RecordBatch};
 use arrow::datatypes::DataType;
 use serde_json::{Value, json};
 
-use super::spec::PromptSpec;
+use super::command::ContinuationColumns;
+use super::spec::{JobSpec, PromptSpec};
 use crate::data::dataset::Dataset;
 use crate::data::text_column::{as_text, is_text};
 use crate::error::{Error, Result};
@@ -21,6 +22,14 @@ pub enum PromptSource {
     Template(PromptTemplate),
     /// Chats, through the checkpoint's chat template.
     Chat { column: String, system: Option<String>, template: Box<ChatTemplate> },
+    /// A context that is given and the continuation that is scored.
+    Continuation { context: String, continuation: String },
+}
+
+/// The texts of some rows.
+pub enum RowTexts<'a> {
+    Prompts(Vec<Prompt<'a>>),
+    Continuations { contexts: Vec<Option<&'a str>>, continuations: Vec<Option<&'a str>> },
 }
 
 impl PromptSource {
@@ -29,8 +38,13 @@ impl PromptSource {
     /// # Errors
     /// [`Error::ColumnMissing`], [`Error::ColumnType`], [`Error::Usage`] for a bad template, [`Error::Config`] for a
     /// checkpoint without a chat template.
-    pub fn new(spec: &PromptSpec, dataset: &Dataset, tokenizer: &TextTokenizer) -> Result<Self> {
-        match spec {
+    pub fn new(spec: &JobSpec, dataset: &Dataset, tokenizer: &TextTokenizer) -> Result<Self> {
+        if let Some(ContinuationColumns { context, continuation }) = spec.command.continuation() {
+            check_column(dataset, context, "--context-column", "text", is_text)?;
+            check_column(dataset, continuation, "--continuation-column", "text", is_text)?;
+            return Ok(Self::Continuation { context: context.clone(), continuation: continuation.clone() });
+        }
+        match &spec.prompt {
             PromptSpec::Column(column) => {
                 check_column(dataset, column, "--text-column", "text", is_text)?;
                 Ok(Self::Column(column.clone()))
@@ -62,6 +76,7 @@ impl PromptSource {
         match self {
             Self::Column(column) | Self::Chat { column, .. } => vec![column],
             Self::Template(template) => template.columns().collect(),
+            Self::Continuation { context, continuation } => vec![context, continuation],
         }
     }
 
@@ -73,28 +88,38 @@ impl PromptSource {
             Self::Chat { column, system, template } => {
                 json!({ "chat_column": column, "system": system, "chat_template_sha256": template.sha256() })
             }
+            Self::Continuation { context, continuation } => {
+                json!({ "context_column": context, "continuation_column": continuation })
+            }
         }
     }
 
-    /// The prompts of some rows.
+    /// The texts of some rows.
     ///
     /// # Errors
     /// [`Error::Internal`] when a column was not read, or is of another type than planned.
-    pub fn prompts<'a>(&self, batch: &'a RecordBatch) -> Result<Vec<Prompt<'a>>> {
-        match self {
-            Self::Column(name) => {
-                let texts = as_text(column(batch, name)?)
-                    .ok_or_else(|| Error::Internal(format!("column '{name}' is not text")))?;
-                Ok(texts.iter().map(Prompt::from).collect())
-            }
+    pub fn rows<'a>(&self, batch: &'a RecordBatch) -> Result<RowTexts<'a>> {
+        Ok(RowTexts::Prompts(match self {
+            Self::Column(name) => texts(batch, name)?.into_iter().map(Prompt::from).collect(),
             Self::Template(template) => {
                 let columns =
                     template.columns().map(|name| column(batch, name).cloned()).collect::<Result<Vec<_>>>()?;
-                template.render(&columns, batch.num_rows())
+                template.render(&columns, batch.num_rows())?
             }
-            Self::Chat { column: name, system, template } => template.prompts(column(batch, name)?, system.as_deref()),
-        }
+            Self::Chat { column: name, system, template } => {
+                template.prompts(column(batch, name)?, system.as_deref())?
+            }
+            Self::Continuation { context, continuation } => {
+                let (contexts, continuations) = (texts(batch, context)?, texts(batch, continuation)?);
+                return Ok(RowTexts::Continuations { contexts, continuations });
+            }
+        }))
     }
+}
+
+fn texts<'a>(batch: &'a RecordBatch, name: &str) -> Result<Vec<Option<&'a str>>> {
+    let texts = as_text(column(batch, name)?).ok_or_else(|| Error::Internal(format!("column '{name}' is not text")))?;
+    Ok(texts.iter().collect())
 }
 
 fn column<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a ArrayRef> {

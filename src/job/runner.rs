@@ -128,7 +128,7 @@ fn max_length(spec: &JobSpec, checkpoint: &Checkpoint, tokenizer: &TextTokenizer
 fn load_engine(spec: &JobSpec, checkpoint: &Checkpoint, tokenizer: TextTokenizer) -> Result<Engine> {
     let device = Device::Cpu;
     let model = MistralModel::load(checkpoint, &device)?;
-    let head = spec.command.head(checkpoint, &device)?;
+    let head = spec.command.head(checkpoint, &tokenizer, &device)?;
     Ok(Engine::new(model, head, tokenizer, spec.max_batch_tokens))
 }
 

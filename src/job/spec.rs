@@ -64,6 +64,15 @@ pub enum PromptSpec {
 }
 
 impl JobSpec {
+    /// The columns that can hold nothing but text, whatever their values look like in CSV.
+    pub fn text_columns(&self) -> Vec<&str> {
+        match (self.command.continuation(), &self.prompt) {
+            (Some(columns), _) => vec![&columns.context, &columns.continuation],
+            (None, PromptSpec::Column(column)) => vec![column],
+            (None, PromptSpec::Template(_) | PromptSpec::Chat { .. }) => Vec::new(),
+        }
+    }
+
     /// What happens to a text over the limit.
     pub fn overflow(&self) -> Overflow {
         self.overflow.unwrap_or(self.command.default_overflow())

@@ -80,6 +80,11 @@ impl MistralModel {
         &self.device
     }
 
+    /// The embedding matrix, `[vocab_size, hidden]`: the output layer, too, where a checkpoint ties the two.
+    pub fn embed_tokens(&self) -> &Tensor {
+        &self.embed_tokens
+    }
+
     /// Hidden states of every token after the final norm, `[N, hidden]`.
     ///
     /// # Errors

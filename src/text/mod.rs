@@ -1,9 +1,10 @@
 //! Rows become prompts, and prompts become token ids, as transformers makes them.
 
 mod chat;
+mod continuation;
 mod prompt;
 mod tokenizer;
 
 pub use chat::{ChatTemplate, Message, parse_messages};
 pub use prompt::{Prompt, PromptTemplate};
-pub use tokenizer::{Overflow, TextTokenizer, Tokenized};
+pub use tokenizer::{Overflow, TextTokenizer, TokenDetail, Tokenized};

@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tokenizers::processors::template::TemplateProcessing;
-use tokenizers::{AddedToken, PostProcessor, Tokenizer, TruncationDirection, TruncationParams, TruncationStrategy};
+use tokenizers::{
+    AddedToken, Encoding, PostProcessor, Tokenizer, TruncationDirection, TruncationParams, TruncationStrategy,
+};
 
 use super::chat::ChatTemplate;
 use super::prompt::Prompt;
@@ -40,6 +42,15 @@ pub struct Tokenized {
     pub chunks: Vec<Vec<u32>>,
     /// Whether text was dropped to keep the limit.
     pub truncated: bool,
+    /// One for each of `chunks`, or none where there is nothing to say.
+    pub details: Vec<TokenDetail>,
+}
+
+/// What some heads want to know of a sequence's tokens beside their ids.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TokenDetail {
+    /// Tokens in front that are given, a continuation's context.
+    pub context_len: usize,
 }
 
 impl Tokenized {
@@ -273,16 +284,25 @@ impl TextTokenizer {
     /// A message for the row's `error` column: the text is too long under [`Overflow::Error`], has no tokens, or has
     /// one that the model does not know.
     pub fn tokenize_with(&self, text: &str, add_special_tokens: bool) -> Result<Tokenized, String> {
+        self.check(&self.encode(text, add_special_tokens)?)
+    }
+
+    /// What the tokenizer makes of a text.
+    pub(super) fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Encoding, String> {
         // A panic in the tokenizer is this row's failure, not the run's.
-        let encoding = catch_unwind(AssertUnwindSafe(|| self.tokenizer.encode_fast(text, add_special_tokens)))
+        catch_unwind(AssertUnwindSafe(|| self.tokenizer.encode_fast(text, add_special_tokens)))
             .map_err(|_| "the tokenizer panicked on this text".to_owned())?
-            .map_err(|error| format!("the tokenizer failed: {error}"))?;
+            .map_err(|error| format!("the tokenizer failed: {error}"))
+    }
+
+    /// The ids of an encoding, which must be ones that the model can compute.
+    pub(super) fn check(&self, encoding: &Encoding) -> Result<Tokenized, String> {
         let overflowing = encoding.get_overflowing();
         let truncated = !overflowing.is_empty() && self.overflow != Overflow::Chunk;
         let mut chunks: Vec<Vec<u32>> = if truncated {
             vec![encoding.get_ids().to_vec()]
         } else {
-            std::iter::once(&encoding).chain(overflowing).map(|chunk| chunk.get_ids().to_vec()).collect()
+            std::iter::once(encoding).chain(overflowing).map(|chunk| chunk.get_ids().to_vec()).collect()
         };
         chunks.iter_mut().for_each(|chunk| chunk.extend(self.appended));
         let longest = chunks.iter().map(Vec::len).max().unwrap_or(0);
@@ -295,7 +315,7 @@ impl TextTokenizer {
         if let Some(id) = chunks.iter().flatten().find(|&&id| id as usize >= self.vocab_size) {
             return Err(format!("token {id} is outside the checkpoint's vocabulary of {}", self.vocab_size));
         }
-        Ok(Tokenized { chunks, truncated })
+        Ok(Tokenized { chunks, truncated, details: Vec::new() })
     }
 
     /// The text of `token_ids`, special tokens left out; ids beyond the tokenizer's vocabulary have none.

@@ -1,7 +1,9 @@
 //! The other heads, through the command line: results equal to transformers', and what their flags promise.
 
-use arrow::array::{AsArray, RecordBatch};
-use arrow::datatypes::Float32Type;
+use std::sync::Arc;
+
+use arrow::array::{Array, AsArray, RecordBatch, StringArray};
+use arrow::datatypes::{Float32Type, Float64Type, UInt32Type};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -141,12 +143,10 @@ fn a_command_refuses_checkpoints_of_other_classes() {
     let scratch = Scratch::new();
     let input = scratch.texts("in.parquet", [Some("a")]);
     let output = scratch.arg("out");
-    for (command, name, found, wanted) in [(
-        "embed",
-        "cls-nopad",
-        "MistralForSequenceClassification",
-        "embed needs a MistralModel or a MistralForCausalLM",
-    )] {
+    for (command, name, found, wanted) in [
+        ("embed", "cls-nopad", "MistralForSequenceClassification", "needs a MistralModel or a MistralForCausalLM"),
+        ("score", "embedder", "is a MistralModel", "needs a MistralForCausalLM"),
+    ] {
         let message = fail(78, &[command, "-i", &input, "-o", &output, "--model", &checkpoint(name)]);
         assert!(message.contains(found) && message.contains(wanted), "{message}");
     }
@@ -158,9 +158,148 @@ fn results_that_are_no_predictions_have_no_truth() {
     let scratch = Scratch::new();
     let input = scratch.texts("in.parquet", [Some("a")]);
     let output = scratch.arg("out");
-    for (command, name) in [("embed", "embedder")] {
+    for (command, name) in [("embed", "embedder"), ("score", "lm-window")] {
         let model = checkpoint(name);
         let message = fail(64, &[command, "-i", &input, "-o", &output, "--model", &model, "--truth-column", "text"]);
         assert!(message.contains(&format!("--truth-column does not fit {command}")), "{message}");
     }
+}
+
+const LANGUAGE_MODELS: [&str; 2] = ["lm-window", "lm-full-tied-bf16"];
+
+fn doubles(batch: &RecordBatch, column: &str) -> Vec<Option<f64>> {
+    batch.column_by_name(column).unwrap().as_primitive::<Float64Type>().iter().collect()
+}
+
+/// Each row's tokens with their ids and log-probabilities.
+fn token_logprobs(batch: &RecordBatch) -> Vec<Option<Vec<(String, u32, f32)>>> {
+    let lists = batch.column_by_name("token_logprobs").unwrap().as_list::<i32>();
+    let row = |entries: arrow::array::ArrayRef| {
+        let entries = entries.as_struct();
+        let tokens = entries.column(0).as_string::<i32>();
+        let ids = entries.column(1).as_primitive::<UInt32Type>();
+        let logprobs = entries.column(2).as_primitive::<Float32Type>();
+        (0..entries.len()).map(|i| (tokens.value(i).to_owned(), ids.value(i), logprobs.value(i))).collect()
+    };
+    lists.iter().map(|list| list.map(row)).collect()
+}
+
+#[track_caller]
+fn relatively_close(ours: f64, theirs: f64, what: &str) {
+    assert!((ours - theirs).abs() <= 1e-4 * theirs.abs().max(1.0), "{what}: {ours}, transformers has {theirs}");
+}
+
+#[test]
+fn log_likelihoods_of_texts_equal_transformers() {
+    for name in LANGUAGE_MODELS {
+        let (rows, results) = run_golden("score", name, &["--logprobs"]);
+        let (logprobs, perplexities) = (doubles(&results, "logprob"), doubles(&results, "perplexity"));
+        let (scored, tokens) = (counts(&results, "scored_tokens"), token_logprobs(&results));
+        for (i, row) in rows.iter().enumerate() {
+            let what = format!("{name} row {i}");
+            relatively_close(logprobs[i].unwrap(), -row["nll_sum_f64"].as_f64().unwrap(), &what);
+            let ids = row["input_ids"].as_array().unwrap();
+            assert_eq!(scored[i].unwrap() as usize, ids.len() - 1, "{what}");
+            let tokens = tokens[i].as_ref().unwrap();
+            let ours: Vec<f32> = tokens.iter().map(|(_, _, logprob)| *logprob).collect();
+            all_close(&ours, &numbers(&row["token_logprobs_f64"]), &what);
+            assert!(
+                tokens.iter().zip(&ids[1..]).all(|((_, ours, _), theirs)| u64::from(*ours) == theirs.as_u64().unwrap())
+            );
+            match row["perplexity_f64"].as_f64() {
+                Some(theirs) => relatively_close(perplexities[i].unwrap(), theirs, &what),
+                None => assert_eq!(perplexities[i], None, "{what}"),
+            }
+        }
+        let hello = rows.iter().position(|row| row["text"] == "Hello world").unwrap();
+        let pieces: String = tokens[hello].as_ref().unwrap().iter().map(|(token, ..)| token.as_str()).collect();
+        assert_eq!(pieces, "▁Hello▁world");
+    }
+}
+
+/// Scores columns `context` and `continuation`.
+fn score_pairs(name: &str, pairs: &[(Option<&str>, Option<&str>)], extra: &[&str]) -> RecordBatch {
+    let scratch = Scratch::new();
+    let contexts: StringArray = pairs.iter().map(|(context, _)| *context).collect();
+    let continuations: StringArray = pairs.iter().map(|(_, continuation)| *continuation).collect();
+    let input = scratch.parquet("in.parquet", vec![("q", Arc::new(contexts)), ("a", Arc::new(continuations))]);
+    let (output, model) = (scratch.arg("out"), checkpoint(name));
+    let mut args = vec!["score", "-i", &input, "-o", &output, "--model", &model];
+    args.extend(["--context-column", "q", "--continuation-column", "a"]);
+    args.extend(extra);
+    succeed(&args);
+    read_parquet(&output)
+}
+
+#[test]
+fn log_likelihoods_of_continuations_equal_transformers() {
+    for name in LANGUAGE_MODELS {
+        let text = std::fs::read_to_string(project(&format!("tests/goldens/goldens/{name}.json"))).unwrap();
+        let questions = serde_json::from_str::<Value>(&text).unwrap()["multiple_choice"].as_array().unwrap().clone();
+        let choices: Vec<(&Value, &Value)> = questions
+            .iter()
+            .flat_map(|question| question["choices"].as_array().unwrap().iter().map(move |choice| (question, choice)))
+            .collect();
+        let pairs: Vec<_> = choices
+            .iter()
+            .map(|(question, choice)| (question["context"].as_str(), choice["choice"].as_str()))
+            .collect();
+        let results = score_pairs(name, &pairs, &["--max-batch-tokens", "64"]);
+        let perplexities = doubles(&results, "perplexity");
+        for (i, (_, choice)) in choices.iter().enumerate() {
+            let what = format!("{name} choice {i}");
+            assert_eq!(counts(&results, "scored_tokens")[i].unwrap() as u64, choice["scored_tokens"].as_u64().unwrap());
+            let ids = choice["input_ids"].as_array().unwrap().len();
+            assert_eq!(counts(&results, "num_tokens")[i].unwrap() as usize, ids, "{what}");
+            let logprob = doubles(&results, "logprob")[i].unwrap();
+            relatively_close(logprob, choice["loglikelihood_f64"].as_f64().unwrap(), &what);
+            relatively_close(perplexities[i].unwrap(), (-choice["per_token_f64"].as_f64().unwrap()).exp(), &what);
+        }
+    }
+}
+
+#[test]
+fn a_long_context_is_shortened_and_its_continuation_kept() {
+    let pairs = [
+        (Some("The capital of France is"), Some(" Paris")),
+        (Some("The capital of France is"), None),
+        (None, Some(" Paris")),
+        (Some("a"), Some("")),
+    ];
+    let results = score_pairs("lm-window", &pairs, &["--max-length", "8"]);
+    assert_eq!(counts(&results, "scored_tokens"), [Some(3), None, None, Some(0)]);
+    assert_eq!(counts(&results, "num_tokens"), [Some(8), None, None, Some(2)]);
+    assert_eq!(flags(&results, "truncated")[0], Some(true));
+    assert_eq!(doubles(&results, "logprob")[1..], [None, None, Some(0.0)]);
+    assert_eq!(doubles(&results, "perplexity")[3], None);
+    assert_eq!(column_names(&results)[..2], ["q", "a"]);
+
+    let results = score_pairs("lm-window", &pairs[..1], &["--max-length", "8", "--overflow", "error"]);
+    assert_eq!(doubles(&results, "logprob"), [None]);
+    assert_eq!(strings(&results, "error")[0].as_deref(), Some("the text has 15 tokens, over the limit of 8"));
+}
+
+#[test]
+fn a_text_scores_the_same_alone_and_in_a_batch() {
+    let texts = ["Hello world", "a", "The cat sat on the mat.", "one two three four"].map(Some);
+    let together = doubles(&run_on("score", "lm-window", &texts, &[]), "logprob");
+    for (text, together) in texts.iter().zip(together) {
+        let alone = doubles(&run_on("score", "lm-window", &[*text], &[]), "logprob")[0].unwrap();
+        assert!((alone - together.unwrap()).abs() < 1e-5, "{text:?}");
+    }
+}
+
+#[test]
+fn flags_of_score_that_make_no_sense_are_64() {
+    let scratch = Scratch::new();
+    let input = scratch.texts("in.parquet", [Some("a")]);
+    let (output, model) = (scratch.arg("out"), checkpoint("lm-window"));
+    let args = ["score", "-i", &input, "-o", &output, "--model", &model];
+    let with = |extra: &[&'static str]| [&args[..], extra].concat();
+    let pair = ["--context-column", "text", "--continuation-column", "text"];
+    assert!(fail(64, &with(&["--overflow", "chunk"])).contains("does not fit score"));
+    assert!(fail(64, &with(&[&pair[..], &["--overflow", "truncate-right"]].concat())).contains("truncate-left"));
+    let message = fail(64, &with(&["--context-column", "text", "--continuation-column", "answer"]));
+    assert!(message.contains("no column 'answer'") && message.contains("--continuation-column"), "{message}");
+    assert_eq!(run(&with(&pair[..2])).status.code(), Some(64), "a context without a continuation");
 }
