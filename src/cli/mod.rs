@@ -4,6 +4,7 @@ mod classify;
 mod common;
 mod completions;
 mod embed;
+mod generate;
 mod inspect;
 mod progress;
 mod score;
@@ -33,6 +34,7 @@ enum Command {
     Classify(Box<classify::ClassifyArgs>),
     Embed(Box<embed::EmbedArgs>),
     Score(Box<score::ScoreArgs>),
+    Generate(Box<generate::GenerateArgs>),
     Inspect(inspect::InspectArgs),
     Completions(completions::CompletionsArgs),
 }
@@ -112,6 +114,7 @@ impl Cli {
             Command::Classify(args) => args.run(),
             Command::Embed(args) => args.run(),
             Command::Score(args) => args.run(),
+            Command::Generate(args) => args.run(),
             Command::Inspect(args) => args.run(),
             Command::Completions(args) => args.run(),
         }

@@ -75,7 +75,10 @@ impl HeadOutput {
 }
 
 /// Refuses a checkpoint whose class is not one of those that `command` works with.
-fn check_architecture(checkpoint: &Checkpoint, command: &str, wanted: &[Architecture]) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Config`] naming both.
+pub fn check_architecture(checkpoint: &Checkpoint, command: &str, wanted: &[Architecture]) -> Result<()> {
     let found = checkpoint.config.architecture;
     if wanted.contains(&found) {
         return Ok(());

@@ -7,12 +7,17 @@ use std::path::Path;
 use arrow::datatypes::{DataType, Field};
 use candle_core::Device;
 use serde::Serialize;
+use serde_json::Value;
 
+use super::generation::GenerateOptions;
 use super::spec::JobSpec;
 use super::truth::TruthKind;
+use crate::engine::{Engine, generate_fields};
 use crate::error::{Error, Result};
-use crate::heads::{ClassifyOptions, EmbedOptions, Embedding, Head, Score, SequenceClassification};
-use crate::model::Checkpoint;
+use crate::heads::{
+    ClassifyOptions, EmbedOptions, Embedding, Head, Score, SequenceClassification, TaskKind, check_architecture,
+};
+use crate::model::{Architecture, Checkpoint, MistralModel};
 use crate::text::{Overflow, TextTokenizer};
 
 /// Tokens that neighbouring chunks share where nothing is said, or a quarter of a limit that is shorter than four times that.
@@ -25,6 +30,7 @@ pub enum CommandSpec {
     Classify(ClassifyOptions),
     Embed(EmbedOptions),
     Score(ScoreOptions),
+    Generate(GenerateOptions),
 }
 
 /// Settings of `score`.
@@ -50,6 +56,7 @@ impl CommandSpec {
             Self::Classify(_) => "classify",
             Self::Embed(_) => "embed",
             Self::Score(_) => "score",
+            Self::Generate(_) => "generate",
         }
     }
 
@@ -79,22 +86,49 @@ impl CommandSpec {
                 Score::check(checkpoint)?;
                 Ok(Score::fields_of(options.logprobs))
             }
+            Self::Generate(options) => {
+                check_architecture(checkpoint, "generate", &[Architecture::CausalLm])?;
+                Ok(generate_fields(options.samples, options.params.logprobs))
+            }
         }
     }
 
-    /// Loads the command's head.
+    /// What determines the command's results, for the plan's settings.
     ///
     /// # Errors
-    /// As [`CommandSpec::fields`], and when the head's weights are unusable.
-    pub fn head(&self, checkpoint: &Checkpoint, tokenizer: &TextTokenizer, device: &Device) -> Result<Box<dyn Head>> {
-        Ok(match self {
+    /// [`Error::Usage`] when options do not fit each other or the checkpoint.
+    pub fn settings(&self, checkpoint: &Checkpoint) -> Result<Value> {
+        match self {
+            Self::Generate(options) => options.settings(checkpoint),
+            Self::Classify(_) | Self::Embed(_) | Self::Score(_) => {
+                serde_json::to_value(self).map_err(|error| Error::Internal(error.to_string()))
+            }
+        }
+    }
+
+    /// Loads the model and the command's head.
+    ///
+    /// # Errors
+    /// As [`CommandSpec::fields`], and when weights are unusable.
+    pub fn engine(
+        &self,
+        spec: &JobSpec,
+        checkpoint: &Checkpoint,
+        tokenizer: TextTokenizer,
+        device: &Device,
+    ) -> Result<Engine> {
+        let head: Box<dyn Head> = match self {
             Self::Classify(options) => Box::new(SequenceClassification::load(checkpoint, options.clone(), device)?),
             Self::Embed(options) => Box::new(Embedding::new(checkpoint, *options)?),
             Self::Score(options) => {
-                let tokenizer = options.logprobs.then(|| tokenizer.clone());
-                Box::new(Score::load(checkpoint, tokenizer, device)?)
+                let names = options.logprobs.then(|| tokenizer.clone());
+                Box::new(Score::load(checkpoint, names, device)?)
             }
-        })
+            Self::Generate(options) => {
+                return Ok(Engine::generating(options.generator(checkpoint, spec, device)?, tokenizer));
+            }
+        };
+        Ok(Engine::new(MistralModel::load(checkpoint, device)?, head, tokenizer, spec.max_batch_tokens))
     }
 
     /// How results compare with a truth column of type `truth`.
@@ -107,6 +141,8 @@ impl CommandSpec {
                 let (task, _) = SequenceClassification::plan(checkpoint, options)?;
                 TruthKind::of(task, column, truth, path)
             }
+            // A completion is right when it is the truth, letter by letter.
+            Self::Generate(_) => TruthKind::of(TaskKind::SingleLabel, column, truth, path),
             Self::Embed(_) | Self::Score(_) => Err(Error::Usage(format!(
                 "--truth-column does not fit {}: its results are not predictions that could be right",
                 self.name()
@@ -118,7 +154,7 @@ impl CommandSpec {
     pub fn default_overflow(&self) -> Overflow {
         match self {
             // What is asked about stands at the end.
-            Self::Score(ScoreOptions { continuation: Some(_), .. }) => Overflow::TruncateLeft,
+            Self::Score(ScoreOptions { continuation: Some(_), .. }) | Self::Generate(_) => Overflow::TruncateLeft,
             Self::Classify(_) | Self::Embed(_) | Self::Score(_) => Overflow::TruncateRight,
         }
     }
@@ -141,6 +177,11 @@ impl CommandSpec {
             Self::Score(options) => {
                 check_score_overflow(options, spec.overflow())?;
                 tokenizer
+            }
+            Self::Generate(_) if spec.overflow() == Overflow::Chunk => {
+                return Err(Error::Usage(
+                    "--overflow chunk does not fit generate: a prompt is completed as a whole".into(),
+                ));
             }
             _ => tokenizer,
         };

@@ -86,7 +86,7 @@ impl JobPlan {
         let identity = checkpoint.identity();
         let settings = json!({
             "command": spec.command.name(),
-            "options": to_json(&spec.command)?,
+            "options": spec.command.settings(checkpoint)?,
             "checkpoint": to_json(&identity)?,
             "tokenizer_sha256": tokenizer.sha256(),
             "dtype": "f32",

@@ -13,9 +13,8 @@ use super::report::{RunDetails, RunReport, UnitCounts};
 use super::spec::JobSpec;
 use crate::data::output::OutputTarget;
 use crate::data::sink::{Opened, Sink};
-use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::model::{Checkpoint, MistralModel};
+use crate::model::Checkpoint;
 use crate::text::TextTokenizer;
 
 /// Runs `spec` to its end, watched and stopped through `control`.
@@ -39,7 +38,7 @@ pub async fn run(spec: JobSpec, control: Arc<RunControl>) -> Result<RunReport> {
     // Loaded before the output is touched, so that a checkpoint with bad weights leaves no trace there.
     let engine = {
         let spec = spec.clone();
-        join(spawn_blocking(move || load_engine(&spec, &checkpoint, tokenizer))).await?
+        join(spawn_blocking(move || spec.command.engine(&spec, &checkpoint, tokenizer, &Device::Cpu))).await?
     };
     control.check()?;
     let opened = {
@@ -123,13 +122,6 @@ fn max_length(spec: &JobSpec, checkpoint: &Checkpoint, tokenizer: &TextTokenizer
         Some(wanted) => Ok(wanted),
         None => Ok(tokenizer.model_max_length().unwrap_or(usize::MAX).min(positions)),
     }
-}
-
-fn load_engine(spec: &JobSpec, checkpoint: &Checkpoint, tokenizer: TextTokenizer) -> Result<Engine> {
-    let device = Device::Cpu;
-    let model = MistralModel::load(checkpoint, &device)?;
-    let head = spec.command.head(checkpoint, &tokenizer, &device)?;
-    Ok(Engine::new(model, head, tokenizer, spec.max_batch_tokens))
 }
 
 fn details(plan: &JobPlan, total: &UnitCounts, this_run: &PipelineTotals, units_resumed: u64) -> RunDetails {

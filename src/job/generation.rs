@@ -1,0 +1,83 @@
+//! What `generate` is asked for, and what the checkpoint adds to it.
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::spec::JobSpec;
+use crate::engine::Generator;
+use crate::error::{Error, Result};
+use crate::generation::{CausalLm, GenerationDefaults, SamplingParams, SchedulerLimits};
+use crate::model::Checkpoint;
+use candle_core::Device;
+
+/// Memory for key/value caches when nothing is said, in bytes.
+pub const DEFAULT_KV_CACHE_BYTES: u64 = 2 << 30;
+/// Completions that are live at a time: as many rows as one reading of the weights serves well on a CPU.
+const MAX_LIVE_ROWS: usize = 64;
+
+/// Settings of `generate`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct GenerateOptions {
+    /// Everything but what ends a completion, which may come from the checkpoint.
+    pub params: SamplingParams,
+    /// Tokens of a completion at most; `generation_config.json`'s, else 256, when `None`.
+    pub max_tokens: Option<usize>,
+    /// Instead of the checkpoint's end tokens.
+    pub stop_token_ids: Option<Vec<u32>>,
+    /// No end token ends a completion.
+    pub ignore_eos: bool,
+    /// Completions of each row.
+    pub samples: u32,
+    /// Memory for key/value caches, in bytes; it changes no result.
+    #[serde(skip)]
+    pub kv_cache_bytes: u64,
+}
+
+impl GenerateOptions {
+    /// The settings of every row's completion, with what the checkpoint says where the user does not.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an unreadable `generation_config.json`, [`Error::Usage`] for settings that mean nothing.
+    pub fn resolve(&self, checkpoint: &Checkpoint) -> Result<SamplingParams> {
+        let defaults = GenerationDefaults::read(&checkpoint.dir, &checkpoint.config)?;
+        let mut params = self.params.clone();
+        params.max_tokens = self.max_tokens.unwrap_or(defaults.max_tokens);
+        params.stop_token_ids = match &self.stop_token_ids {
+            Some(ids) => ids.clone(),
+            None if self.ignore_eos => Vec::new(),
+            None => defaults.eos_token_ids,
+        };
+        params.check().map_err(|message| Error::Usage(format!("--{message}")))?;
+        if self.samples > 1 && params.temperature == 0.0 {
+            return Err(Error::Usage(format!(
+                "--n {} without a --temperature would give the same greedy completion each time",
+                self.samples
+            )));
+        }
+        Ok(params)
+    }
+
+    /// What determines the results, for the plan's settings.
+    ///
+    /// # Errors
+    /// As [`GenerateOptions::resolve`].
+    pub fn settings(&self, checkpoint: &Checkpoint) -> Result<Value> {
+        let params =
+            serde_json::to_value(self.resolve(checkpoint)?).map_err(|error| Error::Internal(error.to_string()))?;
+        Ok(json!({ "params": params, "n": self.samples }))
+    }
+
+    /// Loads the model.
+    ///
+    /// # Errors
+    /// As [`GenerateOptions::resolve`], and when weights are unusable.
+    pub fn generator(&self, checkpoint: &Checkpoint, spec: &JobSpec, device: &Device) -> Result<Generator> {
+        let params = self.resolve(checkpoint)?;
+        let limits = SchedulerLimits {
+            kv_cache_bytes: usize::try_from(self.kv_cache_bytes).unwrap_or(usize::MAX),
+            max_rows: MAX_LIVE_ROWS,
+            prefill_tokens: spec.max_batch_tokens,
+        };
+        Ok(Generator::new(CausalLm::load(checkpoint, device)?, params, self.samples, limits))
+    }
+}
