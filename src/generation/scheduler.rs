@@ -123,8 +123,7 @@ struct Live<C> {
 }
 
 impl Request {
-    /// Tokens of prompt and completion at most. The last token of a completion is never an input, but its slot is
-    /// counted: it makes no difference worth a rule.
+    /// Tokens of prompt and completion at most, each of which has a slot in the cache.
     fn max_len(&self) -> usize {
         self.prompt_ids.len().saturating_add(self.params.max_tokens)
     }

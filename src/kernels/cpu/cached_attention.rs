@@ -4,6 +4,8 @@
 //! then fill the cache. A token that continues a sequence is written to its slot first and attends to all slots: after
 //! that write the ring holds exactly the positions that it sees. Order among slots does not matter to attention.
 
+use std::ops::Range;
+
 use candle_core::{Device, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
 
@@ -95,7 +97,7 @@ pub fn cached_attention(
 
     let mut output = vec![0f32; tokens * heads.query_width()];
     let shared = SharedOutput::new(&mut output);
-    let is_fresh = |sequence: &std::ops::Range<usize>, past: usize| past == 0 && sequence.len() > 1;
+    let is_fresh = |sequence: &Range<usize>, past: usize| past == 0 && sequence.len() > 1;
     let fresh: Vec<_> =
         sequences.iter().zip(past_lens).filter(|(s, past)| is_fresh(s, **past)).map(|(s, _)| s.clone()).collect();
     attend(level, qkv, &fresh, heads, window, shared);
@@ -120,7 +122,7 @@ struct Task<'a> {
     qkv: &'a [f32],
     heads: HeadLayout,
     kv_head: usize,
-    tokens: std::ops::Range<usize>,
+    tokens: Range<usize>,
     past: usize,
     /// The tokens have attended already and are only to be written.
     fresh: bool,

@@ -5,6 +5,7 @@
 //! rows, their place in the batch and the number of threads cannot change a bit of it.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
 use half::bf16;
@@ -110,17 +111,16 @@ impl PackedLinear {
         (0..panels * chunks).into_par_iter().for_each(|task| {
             let (panel, first_row) = (task / chunks, task % chunks * TASK_ROWS);
             SCRATCH.with_borrow_mut(|widened| {
-                let task = Task {
+                let place = Place {
                     x,
                     depth,
                     rows: first_row..(first_row + TASK_ROWS).min(rows),
-                    panel: &packed[panel * depth * PANEL..][..depth * PANEL],
                     columns: panel * PANEL..((panel + 1) * PANEL).min(self.outputs),
                     output,
                     outputs: self.outputs,
-                    widened,
                 };
-                dispatch_at(self.level, task);
+                let panel = &packed[panel * depth * PANEL..][..depth * PANEL];
+                dispatch_at(self.level, Task { place, panel, widened });
             });
         });
     }
@@ -162,101 +162,81 @@ impl Weight for bf16 {
 
 /// Some rows times one panel.
 struct Task<'a, W> {
+    place: Place<'a>,
+    /// `[depth, PANEL]`
+    panel: &'a [W],
+    widened: &'a mut Vec<f32>,
+}
+
+/// Which rows of the input, and which part of the output, a task works on.
+struct Place<'a> {
     /// `[N, depth]`
     x: &'a [f32],
     depth: usize,
-    rows: std::ops::Range<usize>,
-    /// `[depth, PANEL]`
-    panel: &'a [W],
+    rows: Range<usize>,
     /// The panel's columns of the output; the last panel has fewer than `PANEL`.
-    columns: std::ops::Range<usize>,
+    columns: Range<usize>,
     /// `[N, outputs]`
     output: SharedOutput,
     outputs: usize,
-    widened: &'a mut Vec<f32>,
 }
 
 impl<W: Weight> Kernel for Task<'_, W> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        for first in (0..self.depth).step_by(DEPTH_BLOCK) {
-            let inputs = first..(first + DEPTH_BLOCK).min(self.depth);
-            let block = &self.panel[first * PANEL..inputs.end * PANEL];
-            if W::NARROW && self.rows.len() >= WIDEN_ROWS {
-                self.widened.resize(DEPTH_BLOCK * PANEL, 0.0);
-                for (wide, narrow) in self.widened.chunks_exact_mut(PANEL).zip(block.chunks_exact(PANEL)) {
-                    for column in (0..PANEL).step_by(S::LANES) {
-                        // SAFETY: PANEL is a multiple of every vector's length.
-                        unsafe {
-                            let value = W::load(simd, narrow.as_ptr().add(column));
-                            simd.store(wide.as_mut_ptr().add(column), value);
-                        }
-                    }
-                }
-                let block = &self.widened[..block.len()];
-                block_product(
-                    simd,
-                    &self.x[first..],
-                    self.depth,
-                    &self.rows,
-                    block,
-                    &self.columns,
-                    self.output,
-                    self.outputs,
-                    first == 0,
-                );
+        let Task { place, panel, widened } = self;
+        for first in (0..place.depth).step_by(DEPTH_BLOCK) {
+            let end = (first + DEPTH_BLOCK).min(place.depth);
+            let block = &panel[first * PANEL..end * PANEL];
+            if W::NARROW && place.rows.len() >= WIDEN_ROWS {
+                widened.resize(DEPTH_BLOCK * PANEL, 0.0);
+                widen(simd, block, widened);
+                place.add_products(simd, first, &widened[..block.len()]);
             } else {
-                block_product(
-                    simd,
-                    &self.x[first..],
-                    self.depth,
-                    &self.rows,
-                    block,
-                    &self.columns,
-                    self.output,
-                    self.outputs,
-                    first == 0,
-                );
+                place.add_products(simd, first, block);
             }
         }
     }
 }
 
-/// Adds the products of one depth block to the rows' outputs; the first block starts them.
+/// Copies whole rows of a panel as f32.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "a matrix product has as many")]
-fn block_product<S: Simd, W: Weight>(
-    simd: S,
-    x: &[f32],
-    x_stride: usize,
-    rows: &std::ops::Range<usize>,
-    block: &[W],
-    columns: &std::ops::Range<usize>,
-    output: SharedOutput,
-    outputs: usize,
-    first: bool,
-) {
-    for row in rows.clone().step_by(TILE_ROWS) {
-        let tile_rows = TILE_ROWS.min(rows.end - row);
-        let mut tile = [[0f32; PANEL]; TILE_ROWS];
-        for (i, tile) in tile.iter_mut().enumerate().take(if first { 0 } else { tile_rows }) {
-            // SAFETY: no other task has these columns of these rows.
-            let partial = unsafe { output.part((row + i) * outputs + columns.start, columns.len()) };
-            tile[..partial.len()].copy_from_slice(partial);
+fn widen<S: Simd, W: Weight>(simd: S, block: &[W], widened: &mut [f32]) {
+    for (wide, narrow) in widened.chunks_exact_mut(PANEL).zip(block.chunks_exact(PANEL)) {
+        for column in (0..PANEL).step_by(S::LANES) {
+            // SAFETY: both rows have PANEL values, which is a multiple of every vector's length.
+            unsafe { simd.store(wide.as_mut_ptr().add(column), W::load(simd, narrow.as_ptr().add(column))) };
         }
-        let x = &x[row * x_stride..];
-        match tile_rows {
-            1 => tile_product::<S, W, 1>(simd, x, x_stride, block, &mut tile),
-            2 => tile_product::<S, W, 2>(simd, x, x_stride, block, &mut tile),
-            3 => tile_product::<S, W, 3>(simd, x, x_stride, block, &mut tile),
-            4 => tile_product::<S, W, 4>(simd, x, x_stride, block, &mut tile),
-            5 => tile_product::<S, W, 5>(simd, x, x_stride, block, &mut tile),
-            _ => tile_product::<S, W, 6>(simd, x, x_stride, block, &mut tile),
-        }
-        for (i, tile) in tile.iter().enumerate().take(tile_rows) {
-            // SAFETY: as above.
-            let sums = unsafe { output.part((row + i) * outputs + columns.start, columns.len()) };
-            sums.copy_from_slice(&tile[..columns.len()]);
+    }
+}
+
+impl Place<'_> {
+    /// Adds the products with one block of the panel's depth, from input `first` on; the first block starts the sums.
+    #[inline(always)]
+    fn add_products<S: Simd, W: Weight>(&self, simd: S, first: usize, block: &[W]) {
+        let width = self.columns.len();
+        for row in self.rows.clone().step_by(TILE_ROWS) {
+            let tile_rows = TILE_ROWS.min(self.rows.end - row);
+            // SAFETY: no other task has these columns of these rows, and no two of these parts are alive at a time.
+            let output = |i: usize| unsafe { self.output.part((row + i) * self.outputs + self.columns.start, width) };
+            let mut tile = [[0f32; PANEL]; TILE_ROWS];
+            if first > 0 {
+                for (i, tile) in tile.iter_mut().enumerate().take(tile_rows) {
+                    tile[..width].copy_from_slice(output(i));
+                }
+            }
+            let x = &self.x[row * self.depth + first..];
+            match tile_rows {
+                1 => tile_product::<S, W, 1>(simd, x, self.depth, block, &mut tile),
+                2 => tile_product::<S, W, 2>(simd, x, self.depth, block, &mut tile),
+                3 => tile_product::<S, W, 3>(simd, x, self.depth, block, &mut tile),
+                4 => tile_product::<S, W, 4>(simd, x, self.depth, block, &mut tile),
+                5 => tile_product::<S, W, 5>(simd, x, self.depth, block, &mut tile),
+                _ => tile_product::<S, W, 6>(simd, x, self.depth, block, &mut tile),
+            }
+            for (i, tile) in tile.iter().enumerate().take(tile_rows) {
+                output(i).copy_from_slice(&tile[..width]);
+            }
         }
     }
 }
