@@ -11,7 +11,9 @@ use serde::Serialize;
 use super::spec::JobSpec;
 use super::truth::TruthKind;
 use crate::error::{Error, Result};
-use crate::heads::{ClassifyOptions, EmbedOptions, Embedding, Head, Score, SequenceClassification};
+use crate::heads::{
+    ClassifyOptions, EmbedOptions, Embedding, Head, Score, SequenceClassification, TagOptions, TokenClassification,
+};
 use crate::model::Checkpoint;
 use crate::text::{Overflow, TextTokenizer};
 
@@ -25,6 +27,7 @@ pub enum CommandSpec {
     Classify(ClassifyOptions),
     Embed(EmbedOptions),
     Score(ScoreOptions),
+    Tag(TagOptions),
 }
 
 /// Settings of `score`.
@@ -50,6 +53,7 @@ impl CommandSpec {
             Self::Classify(_) => "classify",
             Self::Embed(_) => "embed",
             Self::Score(_) => "score",
+            Self::Tag(_) => "tag",
         }
     }
 
@@ -71,6 +75,10 @@ impl CommandSpec {
                 Score::check(checkpoint)?;
                 Ok(Score::fields_of(options.logprobs))
             }
+            Self::Tag(_) => {
+                TokenClassification::check(checkpoint)?;
+                Ok(TokenClassification::fields_of())
+            }
         }
     }
 
@@ -86,6 +94,9 @@ impl CommandSpec {
                 let tokenizer = options.logprobs.then(|| tokenizer.clone());
                 Box::new(Score::load(checkpoint, tokenizer, device)?)
             }
+            Self::Tag(options) => {
+                Box::new(TokenClassification::load(checkpoint, options.clone(), tokenizer.clone(), device)?)
+            }
         })
     }
 
@@ -99,8 +110,8 @@ impl CommandSpec {
                 let (task, _) = SequenceClassification::plan(checkpoint, options)?;
                 TruthKind::of(task, column, truth, path)
             }
-            Self::Embed(_) | Self::Score(_) => Err(Error::Usage(format!(
-                "--truth-column does not fit {}: its results are not predictions that could be right",
+            Self::Embed(_) | Self::Score(_) | Self::Tag(_) => Err(Error::Usage(format!(
+                "--truth-column does not fit {}: it compares one result per row, as classify gives",
                 self.name()
             ))),
         }
@@ -111,6 +122,7 @@ impl CommandSpec {
         match self {
             // What is asked about stands at the end.
             Self::Score(ScoreOptions { continuation: Some(_), .. }) => Overflow::TruncateLeft,
+            Self::Tag(_) => Overflow::Chunk,
             Self::Classify(_) | Self::Embed(_) | Self::Score(_) => Overflow::TruncateRight,
         }
     }
@@ -134,6 +146,7 @@ impl CommandSpec {
                 check_score_overflow(options, spec.overflow())?;
                 tokenizer
             }
+            Self::Tag(_) => tokenizer.with_spans(),
             _ => tokenizer,
         };
         tokenizer.with_limit(max_length, spec.overflow(), spec.stride(max_length))
