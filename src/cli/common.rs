@@ -78,7 +78,7 @@ pub struct CommonArgs {
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Model")]
     max_length: Option<u64>,
 
-    /// What happens to a longer text [default: truncate-right; of a continuation: truncate-left]
+    /// What happens to a longer text [default: truncate-right; truncate-left for a continuation, chunk for tag]
     #[arg(long, value_enum, value_name = "HOW", help_heading = "Model")]
     overflow: Option<OverflowArg>,
 

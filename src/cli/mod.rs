@@ -8,6 +8,7 @@ mod generate;
 mod inspect;
 mod progress;
 mod score;
+mod tag;
 mod values;
 
 use std::any::Any;
@@ -35,6 +36,8 @@ enum Command {
     Embed(Box<embed::EmbedArgs>),
     Score(Box<score::ScoreArgs>),
     Generate(Box<generate::GenerateArgs>),
+    #[command(visible_alias = "token-classify")]
+    Tag(Box<tag::TagArgs>),
     Inspect(inspect::InspectArgs),
     Completions(completions::CompletionsArgs),
 }
@@ -45,6 +48,7 @@ Examples:
   mistral-batch classify -i 'logs/*.jsonl' --text-column message --model org/name -o labelled.parquet
   mistral-batch embed -i docs.parquet --model org/embedder --pooling mean --normalize -o vectors
   mistral-batch score -i essays.parquet --model org/mistral --logprobs -o likelihoods
+  mistral-batch tag -i letters.parquet --model ./pii-tagger --aggregation first -o found.jsonl
   mistral-batch inspect ./ticket-classifier
 
 Every long flag of a command can be given as an environment variable, --max-length as MISTRAL_BATCH_MAX_LENGTH.
@@ -115,6 +119,7 @@ impl Cli {
             Command::Embed(args) => args.run(),
             Command::Score(args) => args.run(),
             Command::Generate(args) => args.run(),
+            Command::Tag(args) => args.run(),
             Command::Inspect(args) => args.run(),
             Command::Completions(args) => args.run(),
         }

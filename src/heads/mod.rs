@@ -1,8 +1,10 @@
 //! What is read off the hidden states: one file a head.
 
+mod aggregation;
 mod embedding;
 mod score;
 mod sequence_classification;
+mod token_classification;
 mod token_logprobs;
 
 use arrow::array::ArrayRef;
@@ -11,11 +13,13 @@ use arrow::datatypes::Field;
 use crate::batch::PackedBatch;
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Checkpoint, MistralModel};
-use crate::text::TokenDetail;
+use crate::text::{TokenDetail, TokenSpan};
 
+pub use aggregation::{Aggregation, Entity};
 pub use embedding::{EmbedOptions, Embedding, Pooling};
 pub use score::Score;
 pub use sequence_classification::{ClassifyOptions, FunctionToApply, SequenceClassification, TaskKind, TopK};
+pub use token_classification::{TagOptions, TokenClassification};
 pub use token_logprobs::TokenLogprob;
 
 /// A head turns a batch into one output per sequence, and outputs into result columns.
@@ -46,6 +50,16 @@ pub enum HeadOutput {
     Values(Vec<f32>),
     /// The scored tokens, in text order.
     Logprobs(Vec<TokenLogprob>),
+    /// The text's own tokens, in text order.
+    Tags(Vec<TaggedToken>),
+}
+
+/// A token of a text with its labels' scores.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TaggedToken {
+    pub span: TokenSpan,
+    /// The probability of each label.
+    pub scores: Vec<f32>,
 }
 
 impl HeadOutput {
@@ -54,6 +68,7 @@ impl HeadOutput {
         match self {
             Self::Values(values) => values.iter().all(|value| value.is_finite()),
             Self::Logprobs(tokens) => tokens.iter().all(|token| token.logprob.is_finite()),
+            Self::Tags(tokens) => tokens.iter().flat_map(|token| &token.scores).all(|score| score.is_finite()),
         }
     }
 
@@ -61,6 +76,14 @@ impl HeadOutput {
     fn values(&self) -> &[f32] {
         match self {
             Self::Values(values) => values,
+            _ => &[],
+        }
+    }
+
+    /// The tokens of [`HeadOutput::Tags`].
+    fn tags(&self) -> &[TaggedToken] {
+        match self {
+            Self::Tags(tokens) => tokens,
             _ => &[],
         }
     }
@@ -86,4 +109,23 @@ pub fn check_architecture(checkpoint: &Checkpoint, command: &str, wanted: &[Arch
     let wanted: Vec<_> = wanted.iter().map(|wanted| wanted.class_name()).collect();
     let message = format!("is a {}, but {command} needs a {}", found.class_name(), wanted.join(" or a "));
     Err(Error::config(&checkpoint.dir, message))
+}
+
+/// The label of the highest score; the first of several equal ones, as argmax does.
+fn best_label(scores: &[f32]) -> usize {
+    let mut best = 0;
+    for (index, score) in scores.iter().enumerate() {
+        if *score > scores[best] {
+            best = index;
+        }
+    }
+    best
+}
+
+/// Logits as shares of one.
+fn softmax(logits: &[f32]) -> Vec<f32> {
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let exponentials: Vec<f32> = logits.iter().map(|logit| (logit - highest).exp()).collect();
+    let total: f32 = exponentials.iter().sum();
+    exponentials.iter().map(|value| value / total).collect()
 }

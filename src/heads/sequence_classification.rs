@@ -10,7 +10,7 @@ use arrow::datatypes::{DataType, Field, Fields};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::{Head, HeadOutput, check_architecture};
+use super::{Head, HeadOutput, best_label, check_architecture, softmax};
 use crate::batch::PackedBatch;
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Checkpoint, MistralModel, ProblemType};
@@ -255,17 +255,6 @@ fn scores_type() -> DataType {
     DataType::List(Arc::new(score_item()))
 }
 
-/// The label of the highest score; the first of several equal ones, as argmax does.
-fn best_label(scores: &[f32]) -> usize {
-    let mut best = 0;
-    for (index, score) in scores.iter().enumerate() {
-        if *score > scores[best] {
-            best = index;
-        }
-    }
-    best
-}
-
 /// Label indices by falling score; equal scores keep the order of the labels, as Python's sort does.
 fn best_first(scores: &[f32]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
@@ -277,12 +266,7 @@ fn apply(function: FunctionToApply, logits: &[f32]) -> Vec<f32> {
     match function {
         FunctionToApply::None => logits.to_vec(),
         FunctionToApply::Sigmoid => logits.iter().map(|logit| 1.0 / (1.0 + (-logit).exp())).collect(),
-        FunctionToApply::Softmax => {
-            let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let exponentials: Vec<f32> = logits.iter().map(|logit| (logit - highest).exp()).collect();
-            let total: f32 = exponentials.iter().sum();
-            exponentials.iter().map(|value| value / total).collect()
-        }
+        FunctionToApply::Softmax => softmax(logits),
     }
 }
 

@@ -15,7 +15,8 @@ use super::truth::TruthKind;
 use crate::engine::{Engine, generate_fields};
 use crate::error::{Error, Result};
 use crate::heads::{
-    ClassifyOptions, EmbedOptions, Embedding, Head, Score, SequenceClassification, TaskKind, check_architecture,
+    ClassifyOptions, EmbedOptions, Embedding, Head, Score, SequenceClassification, TagOptions, TaskKind,
+    TokenClassification, check_architecture,
 };
 use crate::model::{Architecture, Checkpoint, MistralModel};
 use crate::text::{Overflow, TextTokenizer};
@@ -30,6 +31,7 @@ pub enum CommandSpec {
     Classify(ClassifyOptions),
     Embed(EmbedOptions),
     Score(ScoreOptions),
+    Tag(TagOptions),
     Generate(GenerateOptions),
 }
 
@@ -56,6 +58,7 @@ impl CommandSpec {
             Self::Classify(_) => "classify",
             Self::Embed(_) => "embed",
             Self::Score(_) => "score",
+            Self::Tag(_) => "tag",
             Self::Generate(_) => "generate",
         }
     }
@@ -86,6 +89,10 @@ impl CommandSpec {
                 Score::check(checkpoint)?;
                 Ok(Score::fields_of(options.logprobs))
             }
+            Self::Tag(_) => {
+                TokenClassification::check(checkpoint)?;
+                Ok(TokenClassification::fields_of())
+            }
             Self::Generate(options) => {
                 check_architecture(checkpoint, "generate", &[Architecture::CausalLm])?;
                 Ok(generate_fields(options.samples, options.params.logprobs))
@@ -100,7 +107,7 @@ impl CommandSpec {
     pub fn settings(&self, checkpoint: &Checkpoint) -> Result<Value> {
         match self {
             Self::Generate(options) => options.settings(checkpoint),
-            Self::Classify(_) | Self::Embed(_) | Self::Score(_) => {
+            Self::Classify(_) | Self::Embed(_) | Self::Score(_) | Self::Tag(_) => {
                 serde_json::to_value(self).map_err(|error| Error::Internal(error.to_string()))
             }
         }
@@ -124,6 +131,9 @@ impl CommandSpec {
                 let names = options.logprobs.then(|| tokenizer.clone());
                 Box::new(Score::load(checkpoint, names, device)?)
             }
+            Self::Tag(options) => {
+                Box::new(TokenClassification::load(checkpoint, options.clone(), tokenizer.clone(), device)?)
+            }
             Self::Generate(options) => {
                 return Ok(Engine::generating(options.generator(checkpoint, spec, device)?, tokenizer));
             }
@@ -143,8 +153,8 @@ impl CommandSpec {
             }
             // A completion is right when it is the truth, letter by letter.
             Self::Generate(_) => TruthKind::of(TaskKind::SingleLabel, column, truth, path),
-            Self::Embed(_) | Self::Score(_) => Err(Error::Usage(format!(
-                "--truth-column does not fit {}: its results are not predictions that could be right",
+            Self::Embed(_) | Self::Score(_) | Self::Tag(_) => Err(Error::Usage(format!(
+                "--truth-column does not fit {}: it compares one result per row, as classify gives",
                 self.name()
             ))),
         }
@@ -155,6 +165,7 @@ impl CommandSpec {
         match self {
             // What is asked about stands at the end.
             Self::Score(ScoreOptions { continuation: Some(_), .. }) | Self::Generate(_) => Overflow::TruncateLeft,
+            Self::Tag(_) => Overflow::Chunk,
             Self::Classify(_) | Self::Embed(_) | Self::Score(_) => Overflow::TruncateRight,
         }
     }
@@ -178,6 +189,7 @@ impl CommandSpec {
                 check_score_overflow(options, spec.overflow())?;
                 tokenizer
             }
+            Self::Tag(_) => tokenizer.with_spans(),
             Self::Generate(_) if spec.overflow() == Overflow::Chunk => {
                 return Err(Error::Usage(
                     "--overflow chunk does not fit generate: a prompt is completed as a whole".into(),

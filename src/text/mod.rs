@@ -3,8 +3,10 @@
 mod chat;
 mod continuation;
 mod prompt;
+mod spans;
 mod tokenizer;
 
 pub use chat::{ChatTemplate, Message, parse_messages};
 pub use prompt::{Prompt, PromptTemplate};
+pub use spans::TokenSpan;
 pub use tokenizer::{Overflow, TextTokenizer, TokenDetail, Tokenized};

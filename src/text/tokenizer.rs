@@ -12,6 +12,7 @@ use tokenizers::{
     AddedToken, Encoding, PostProcessor, Tokenizer, TruncationDirection, TruncationParams, TruncationStrategy,
 };
 
+use super::TokenSpan;
 use super::chat::ChatTemplate;
 use super::prompt::Prompt;
 use crate::error::{Error, Result};
@@ -51,6 +52,8 @@ pub struct Tokenized {
 pub struct TokenDetail {
     /// Tokens in front that are given, a continuation's context.
     pub context_len: usize,
+    /// The text's own tokens in the sequence; none unless the tokenizer was asked for them.
+    pub spans: Vec<TokenSpan>,
 }
 
 impl Tokenized {
@@ -63,26 +66,28 @@ impl Tokenized {
 /// A tokenizer with its length limit set.
 #[derive(Debug, Clone)]
 pub struct TextTokenizer {
-    tokenizer: Tokenizer,
+    pub(super) tokenizer: Tokenizer,
     max_length: usize,
     overflow: Overflow,
     /// Closes every text or chunk, beside what the tokenizer adds.
     appended: Option<u32>,
+    /// Whether sequences come with the spans of their tokens.
+    pub(super) spans: bool,
     vocab_size: usize,
     sha256: String,
-    config: TokenizerConfig,
+    pub(super) config: TokenizerConfig,
     path: PathBuf,
 }
 
 /// What this program reads of `tokenizer_config.json`.
 #[derive(Debug, Clone, Default, Deserialize)]
-struct TokenizerConfig {
+pub(super) struct TokenizerConfig {
     add_bos_token: Option<bool>,
     add_eos_token: Option<bool>,
     bos_token: Option<SpecialToken>,
     eos_token: Option<SpecialToken>,
     pad_token: Option<SpecialToken>,
-    unk_token: Option<SpecialToken>,
+    pub(super) unk_token: Option<SpecialToken>,
     /// transformers writes 1e30 for "no limit".
     model_max_length: Option<f64>,
     tokenizer_class: Option<String>,
@@ -94,13 +99,13 @@ struct TokenizerConfig {
 /// A token as a string, or as transformers' AddedToken object.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
-enum SpecialToken {
+pub(super) enum SpecialToken {
     Text(String),
     Object { content: String },
 }
 
 impl SpecialToken {
-    fn text(&self) -> &str {
+    pub(super) fn text(&self) -> &str {
         match self {
             Self::Text(text) | Self::Object { content: text } => text,
         }
@@ -142,6 +147,7 @@ impl TextTokenizer {
             max_length: usize::MAX,
             overflow: Overflow::Error,
             appended: None,
+            spans: false,
             vocab_size,
             sha256: format!("{:x}", hash.finalize()),
             config,
@@ -284,13 +290,22 @@ impl TextTokenizer {
     /// A message for the row's `error` column: the text is too long under [`Overflow::Error`], has no tokens, or has
     /// one that the model does not know.
     pub fn tokenize_with(&self, text: &str, add_special_tokens: bool) -> Result<Tokenized, String> {
-        self.check(&self.encode(text, add_special_tokens)?)
+        let encoding = self.encode(text, add_special_tokens)?;
+        let mut tokenized = self.check(&encoding)?;
+        if self.spans {
+            tokenized.details = self.spans(text, &encoding, tokenized.chunks.len());
+        }
+        Ok(tokenized)
     }
 
     /// What the tokenizer makes of a text.
     pub(super) fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Encoding, String> {
         // A panic in the tokenizer is this row's failure, not the run's.
-        catch_unwind(AssertUnwindSafe(|| self.tokenizer.encode_fast(text, add_special_tokens)))
+        let encode = || match self.spans {
+            true => self.tokenizer.encode_char_offsets(text, add_special_tokens),
+            false => self.tokenizer.encode_fast(text, add_special_tokens),
+        };
+        catch_unwind(AssertUnwindSafe(encode))
             .map_err(|_| "the tokenizer panicked on this text".to_owned())?
             .map_err(|error| format!("the tokenizer failed: {error}"))
     }

@@ -146,6 +146,7 @@ fn a_command_refuses_checkpoints_of_other_classes() {
     for (command, name, found, wanted) in [
         ("embed", "cls-nopad", "MistralForSequenceClassification", "needs a MistralModel or a MistralForCausalLM"),
         ("score", "embedder", "is a MistralModel", "needs a MistralForCausalLM"),
+        ("tag", "lm-window", "is a MistralForCausalLM", "needs a MistralForTokenClassification"),
     ] {
         let message = fail(78, &[command, "-i", &input, "-o", &output, "--model", &checkpoint(name)]);
         assert!(message.contains(found) && message.contains(wanted), "{message}");
@@ -158,7 +159,7 @@ fn results_that_are_no_predictions_have_no_truth() {
     let scratch = Scratch::new();
     let input = scratch.texts("in.parquet", [Some("a")]);
     let output = scratch.arg("out");
-    for (command, name) in [("embed", "embedder"), ("score", "lm-window")] {
+    for (command, name) in [("embed", "embedder"), ("score", "lm-window"), ("tag", "tagger-bio")] {
         let model = checkpoint(name);
         let message = fail(64, &[command, "-i", &input, "-o", &output, "--model", &model, "--truth-column", "text"]);
         assert!(message.contains(&format!("--truth-column does not fit {command}")), "{message}");
@@ -302,4 +303,160 @@ fn flags_of_score_that_make_no_sense_are_64() {
     let message = fail(64, &with(&["--context-column", "text", "--continuation-column", "answer"]));
     assert!(message.contains("no column 'answer'") && message.contains("--continuation-column"), "{message}");
     assert_eq!(run(&with(&pair[..2])).status.code(), Some(64), "a context without a continuation");
+}
+
+/// An entity: label, score, start, end, word.
+type Tag = (String, f32, u32, u32, String);
+
+/// Each row of a List<Struct{entity, score, start, end, word}> column.
+fn tags(batch: &RecordBatch) -> Vec<Option<Vec<Tag>>> {
+    let lists = batch.column_by_name("entities").unwrap().as_list::<i32>();
+    let row = |entries: arrow::array::ArrayRef| {
+        let entries = entries.as_struct();
+        let text = |field: &str| entries.column_by_name(field).unwrap().as_string::<i32>();
+        let offset = |field: &str| entries.column_by_name(field).unwrap().as_primitive::<UInt32Type>();
+        let (labels, words, starts, ends) = (text("entity"), text("word"), offset("start"), offset("end"));
+        let scores = entries.column_by_name("score").unwrap().as_primitive::<Float32Type>();
+        let entry = |i| {
+            (labels.value(i).to_owned(), scores.value(i), starts.value(i), ends.value(i), words.value(i).to_owned())
+        };
+        (0..entries.len()).map(entry).collect()
+    };
+    lists.iter().map(|list| list.map(row)).collect()
+}
+
+#[test]
+fn entities_equal_the_pipelines_for_each_aggregation() {
+    for aggregation in ["none", "simple", "first", "average", "max"] {
+        let (rows, results) = run_golden("tag", "tagger-bio", &["--aggregation", aggregation]);
+        let mut compared = 0;
+        for (i, (row, ours)) in rows.iter().zip(tags(&results)).enumerate() {
+            let Some(theirs) = row["pipeline_entities"].get(aggregation) else {
+                assert_eq!(ours.unwrap(), [], "a text without tokens");
+                continue;
+            };
+            let (ours, theirs) = (ours.unwrap(), theirs.as_array().unwrap());
+            assert_eq!(ours.len(), theirs.len(), "{aggregation} row {i}: {ours:?}");
+            for ((label, score, start, end, word), theirs) in ours.iter().zip(theirs) {
+                let key = if aggregation == "none" { "entity" } else { "entity_group" };
+                assert_eq!(Some(label.as_str()), theirs[key].as_str(), "{aggregation} row {i}");
+                let offsets = (theirs["start"].as_u64().unwrap(), theirs["end"].as_u64().unwrap());
+                assert_eq!((u64::from(*start), u64::from(*end)), offsets, "{aggregation} row {i}");
+                assert_eq!(Some(word.as_str()), theirs["word"].as_str(), "{aggregation} row {i}");
+                assert!((f64::from(*score) - theirs["score"].as_f64().unwrap()).abs() < 1e-4);
+                compared += 1;
+            }
+        }
+        assert!(compared > 20, "{aggregation}: {compared}");
+    }
+}
+
+#[test]
+fn token_labels_equal_the_logits() {
+    let (rows, results) = run_golden("tag", "tagger-bio", &["--aggregation", "none", "--ignore-labels", ""]);
+    for (row, ours) in rows.iter().zip(tags(&results)) {
+        // The first token is the BOS, which is not part of the text.
+        let theirs = row["labels"].as_array().unwrap()[1..].iter();
+        let logits = row["logits_f64"].as_array().unwrap()[1..].iter();
+        let ours = ours.unwrap();
+        assert_eq!(ours.len(), theirs.len());
+        for ((label, score, ..), (their_label, logits)) in ours.iter().zip(theirs.zip(logits)) {
+            assert_eq!(Some(label.as_str()), their_label.as_str());
+            let logits = numbers(logits);
+            let total: f64 = logits.iter().map(|logit| logit.exp()).sum();
+            let best = logits.iter().copied().fold(f64::MIN, f64::max).exp() / total;
+            assert!((f64::from(*score) - best).abs() < 1e-4);
+        }
+    }
+}
+
+#[test]
+fn ignored_labels_are_left_out() {
+    let texts = [Some("Ada Larsen flew to Paris on 3 March."), None];
+    let all = run_on("tag", "tagger-bio", &texts, &["--ignore-labels", ""]);
+    let some = run_on("tag", "tagger-bio", &texts, &["--ignore-labels", "O,PER"]);
+    let expected: Vec<_> =
+        tags(&all)[0].clone().unwrap().into_iter().filter(|tag| !["O", "PER"].contains(&tag.0.as_str())).collect();
+    assert_eq!(tags(&some), [Some(expected.clone()), None]);
+    assert!(!expected.is_empty());
+}
+
+fn pii() -> (String, String) {
+    let path = |name: &str| project(name).to_str().unwrap().to_owned();
+    (path("sample-data/models/pii-tagger"), path("sample-data/pii.parquet"))
+}
+
+#[test]
+fn sample_entities_equal_transformers() {
+    let (model, input) = pii();
+    let scratch = Scratch::new();
+    let output = scratch.arg("out");
+    succeed(&["token-classify", "-i", &input, "-o", &output, "--model", &model]);
+    let results = read_parquet(&output);
+    let expected = read_parquet(project("sample-data/pii-expected.parquet"));
+    assert_eq!(results.column_by_name("id"), expected.column_by_name("id"));
+    let lists = expected.column_by_name("entities").unwrap().as_list::<i32>();
+    for (i, ours) in tags(&results).into_iter().enumerate() {
+        let theirs = lists.value(i);
+        let theirs = theirs.as_struct();
+        let labels = theirs.column(0).as_string::<i32>();
+        let scores = theirs.column(1).as_primitive::<Float32Type>();
+        let (starts, ends) =
+            (theirs.column(2).as_primitive::<UInt32Type>(), theirs.column(3).as_primitive::<UInt32Type>());
+        let ours = ours.unwrap();
+        assert_eq!(ours.len(), labels.len(), "row {i}");
+        for (j, (label, score, start, end, _)) in ours.iter().enumerate() {
+            assert_eq!((label.as_str(), *start, *end), (labels.value(j), starts.value(j), ends.value(j)), "row {i}");
+            assert!((score - scores.value(j)).abs() < 1e-4, "row {i}");
+        }
+    }
+}
+
+/// The texts of the sample data in one long text after another, 12 of them each.
+fn long_letters() -> Vec<String> {
+    let texts = strings(&read_parquet(pii().1), "text");
+    texts.chunks(12).take(8).map(|texts| texts.iter().flatten().cloned().collect::<Vec<_>>().join("\r\n")).collect()
+}
+
+#[test]
+fn windows_lose_and_double_nothing_at_their_seams() {
+    let (model, _) = pii();
+    let letters = long_letters();
+    let scratch = Scratch::new();
+    let input = scratch.texts("in.parquet", letters.iter().map(|text| Some(text.as_str())));
+    let tag = |name: &str, extra: &[&str]| {
+        let output = scratch.arg(name);
+        succeed(&[&["tag", "-i", &input, "-o", &output, "--model", &model], extra].concat());
+        read_parquet(&output)
+    };
+    let whole = tag("whole", &[]);
+    let windows = tag("windows", &["--max-length", "200", "--stride", "80"]);
+    assert!(counts(&windows, "num_tokens").iter().zip(counts(&whole, "num_tokens")).all(|(a, b)| *a > b));
+    assert!(flags(&windows, "truncated").iter().all(|truncated| *truncated == Some(false)));
+    let places = |batch: &RecordBatch| -> Vec<Vec<(String, u32, u32, String)>> {
+        let place = |(label, _, start, end, word): Tag| (label, start, end, word);
+        tags(batch).into_iter().map(|row| row.unwrap().into_iter().map(place).collect()).collect()
+    };
+    // Later windows see less of the text before them, so a few entities differ; none stands there twice.
+    let (mut same, mut all) = (0, 0);
+    for (windows, whole) in places(&windows).into_iter().zip(places(&whole)) {
+        assert!(windows.windows(2).all(|pair| pair[0].2 <= pair[1].1), "entities overlap");
+        same += whole.iter().filter(|entity| windows.contains(entity)).count();
+        all += whole.len();
+    }
+    assert!(all > 100 && same * 10 > all * 9, "{same} of {all}");
+
+    // Every token is there once, however narrow the windows and whatever the aggregation.
+    let tokens = |name, extra: &[&str]| {
+        let batch = tag(name, &[&["--aggregation", "none", "--ignore-labels", ""], extra].concat());
+        places(&batch)
+            .into_iter()
+            .map(|row| row.into_iter().map(|(_, start, end, word)| (start, end, word)).collect::<Vec<_>>())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(tokens("tokens", &[]), tokens("narrow", &["--max-length", "16", "--stride", "5"]));
+
+    let cut = tag("cut", &["--max-length", "16", "--overflow", "truncate-right"]);
+    assert!(flags(&cut, "truncated").iter().all(|truncated| *truncated == Some(true)));
+    assert_eq!(counts(&cut, "num_tokens")[0], Some(16));
 }
