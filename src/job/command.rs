@@ -12,12 +12,13 @@ use super::spec::JobSpec;
 use super::truth::TruthKind;
 use crate::error::{Error, Result};
 use crate::heads::{
-    ClassifyOptions, EmbedOptions, Embedding, Head, Score, SequenceClassification, TagOptions, TokenClassification,
+    Aggregation, ClassifyOptions, EmbedOptions, Embedding, Head, Score, SequenceClassification, TagOptions,
+    TokenClassification,
 };
 use crate::model::Checkpoint;
 use crate::text::{Overflow, TextTokenizer};
 
-/// Tokens that neighbouring chunks share where nothing is said, or a quarter of a limit that is shorter than four times that.
+/// Tokens that neighbouring chunks share where nothing is said; a quarter of the limit where that is less.
 pub const DEFAULT_STRIDE: usize = 64;
 
 /// The command of a job with its own settings.
@@ -110,8 +111,12 @@ impl CommandSpec {
                 let (task, _) = SequenceClassification::plan(checkpoint, options)?;
                 TruthKind::of(task, column, truth, path)
             }
-            Self::Embed(_) | Self::Score(_) | Self::Tag(_) => Err(Error::Usage(format!(
-                "--truth-column does not fit {}: it compares one result per row, as classify gives",
+            Self::Tag(TagOptions { aggregation: Aggregation::None, .. }) => Err(Error::Usage(
+                "--truth-column compares whole entities, which --aggregation none does not give".into(),
+            )),
+            Self::Tag(_) => TruthKind::of_entities(column, truth, path),
+            Self::Embed(_) | Self::Score(_) => Err(Error::Usage(format!(
+                "--truth-column does not fit {}: its results are no predictions that could be right",
                 self.name()
             ))),
         }

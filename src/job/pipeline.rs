@@ -174,7 +174,10 @@ impl Stage {
                 });
             }
             let agreement = match (self.plan.truth, &self.spec.truth_column) {
-                (Some(truth), Some(column)) => truth.compare(&inferred.columns, &self.column(&batch, column)?)?,
+                (Some(truth), Some(column)) => {
+                    let texts = self.column(&batch, self.spec.text_columns()[0].0)?;
+                    truth.compare(&inferred.columns, &self.column(&batch, column)?, &texts)?
+                }
                 _ => Agreement::default(),
             };
             let counts = UnitCounts::new(batch.num_rows() as u64, &inferred.stats, agreement);
