@@ -28,7 +28,7 @@ pub struct ScoreArgs {
         long,
         value_name = "COLUMN",
         requires = "continuation_column",
-        conflicts_with = "text_column",
+        conflicts_with_all = ["text_column", "prompt_template", "chat_column"],
         help_heading = "Scoring"
     )]
     context_column: Option<String>,

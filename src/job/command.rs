@@ -10,18 +10,18 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::generation::GenerateOptions;
-use super::spec::JobSpec;
+use super::spec::{JobSpec, PromptSpec};
 use super::truth::TruthKind;
 use crate::engine::{Engine, generate_fields};
 use crate::error::{Error, Result};
 use crate::heads::{
-    ClassifyOptions, EmbedOptions, Embedding, Head, Score, SequenceClassification, TagOptions, TaskKind,
+    Aggregation, ClassifyOptions, EmbedOptions, Embedding, Head, Score, SequenceClassification, TagOptions, TaskKind,
     TokenClassification, check_architecture,
 };
 use crate::model::{Architecture, Checkpoint, MistralModel};
 use crate::text::{Overflow, TextTokenizer};
 
-/// Tokens that neighbouring chunks share where nothing is said, or a quarter of a limit that is shorter than four times that.
+/// Tokens that neighbouring chunks share where nothing is said; a quarter of the limit where that is less.
 pub const DEFAULT_STRIDE: usize = 64;
 
 /// The command of a job with its own settings.
@@ -153,8 +153,12 @@ impl CommandSpec {
             }
             // A completion is right when it is the truth, letter by letter.
             Self::Generate(_) => TruthKind::of(TaskKind::SingleLabel, column, truth, path),
-            Self::Embed(_) | Self::Score(_) | Self::Tag(_) => Err(Error::Usage(format!(
-                "--truth-column does not fit {}: it compares one result per row, as classify gives",
+            Self::Tag(TagOptions { aggregation: Aggregation::None, .. }) => Err(Error::Usage(
+                "--truth-column compares whole entities, which --aggregation none does not give".into(),
+            )),
+            Self::Tag(_) => TruthKind::of_entities(column, truth, path),
+            Self::Embed(_) | Self::Score(_) => Err(Error::Usage(format!(
+                "--truth-column does not fit {}: its results are no predictions that could be right",
                 self.name()
             ))),
         }
@@ -188,6 +192,11 @@ impl CommandSpec {
             Self::Score(options) => {
                 check_score_overflow(options, spec.overflow())?;
                 tokenizer
+            }
+            Self::Tag(_) if !matches!(spec.prompt, PromptSpec::Column(_)) => {
+                return Err(Error::Usage(
+                    "tag needs a --text-column: the offsets of its entities count in a text of the input".into(),
+                ));
             }
             Self::Tag(_) => tokenizer.with_spans(),
             Self::Generate(_) if spec.overflow() == Overflow::Chunk => {

@@ -16,7 +16,7 @@ use super::plan::JobPlan;
 use super::prompts::RowTexts;
 use super::report::UnitCounts;
 use super::runner::join;
-use super::spec::JobSpec;
+use super::spec::{JobSpec, PromptSpec};
 use super::truth::Agreement;
 use crate::batch::Padding;
 use crate::data::part::PartWriter;
@@ -247,7 +247,13 @@ impl Stage {
             });
         }
         let agreement = match (self.plan.truth, &self.spec.truth_column) {
-            (Some(truth), Some(column)) => truth.compare(&inferred.columns, &self.column(&batch, column)?)?,
+            (Some(truth), Some(column)) => {
+                let texts = match &self.spec.prompt {
+                    PromptSpec::Column(name) => self.column(&batch, name).ok(),
+                    PromptSpec::Template(_) | PromptSpec::Chat { .. } => None,
+                };
+                truth.compare(&inferred.columns, &self.column(&batch, column)?, texts.as_ref())?
+            }
             _ => Agreement::default(),
         };
         let counts = UnitCounts::new(batch.num_rows() as u64, &inferred.stats, agreement);

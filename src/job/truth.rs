@@ -1,10 +1,13 @@
 //! `--truth-column`: how well the results agree with what they should be.
 
-use arrow::array::{Array, ArrayRef, AsArray};
+use std::collections::BTreeSet;
+
+use arrow::array::{Array, ArrayRef, AsArray, ListArray, StructArray};
 use arrow::compute::cast;
-use arrow::datatypes::{DataType, Float64Type};
+use arrow::datatypes::{DataType, Float64Type, Int64Type};
 use serde::{Deserialize, Serialize};
 
+use crate::data::text_column::as_text;
 use crate::error::{Error, Result};
 use crate::heads::TaskKind;
 
@@ -13,12 +16,18 @@ use crate::heads::TaskKind;
 pub struct Agreement {
     /// Rows with both a result and a truth.
     pub compared: u64,
-    /// Rows whose label is the truth.
+    /// Rows whose label is the truth, or entities that are.
     pub correct: u64,
     /// Sum of |value − truth|, for regression.
     pub absolute_error: f64,
     /// Sum of (value − truth)², for regression.
     pub squared_error: f64,
+    /// Entities in the results.
+    #[serde(default)]
+    pub found: u64,
+    /// Entities in the truth.
+    #[serde(default)]
+    pub expected: u64,
 }
 
 /// Compares results with the truth column, batch by batch.
@@ -30,6 +39,9 @@ pub enum TruthKind {
     LabelSet,
     /// `predicted_value` against a number.
     Number,
+    /// `entities` against a list of structs with start, end and label (or entity); white space at the ends is no part
+    /// of an entity, since a token may begin with the space before its word.
+    Entities,
 }
 
 impl TruthKind {
@@ -57,11 +69,36 @@ impl TruthKind {
         })
     }
 
-    /// Compares the result columns of some rows with their truth.
+    /// How entities compare with a truth column of type `truth`.
+    ///
+    /// # Errors
+    /// [`Error::ColumnType`] when they do not.
+    pub fn of_entities(column: &str, truth: &DataType, path: &std::path::Path) -> Result<Self> {
+        let fields = match truth {
+            DataType::List(item) | DataType::LargeList(item) => match item.data_type() {
+                DataType::Struct(fields) => Some(fields),
+                _ => None,
+            },
+            _ => None,
+        };
+        let has = |name: &str| fields.is_some_and(|fields| fields.find(name).is_some());
+        if has("start") && has("end") && (has("label") || has("entity")) {
+            return Ok(Self::Entities);
+        }
+        Err(Error::ColumnType {
+            column: column.to_owned(),
+            path: path.to_owned(),
+            found: truth.to_string(),
+            expected: "a list of structs with start, end and label",
+            flag: "--truth-column",
+        })
+    }
+
+    /// Compares the result columns of some rows with their truth; `texts` are what entities lie in.
     ///
     /// # Errors
     /// When the truth column cannot be read as what it was checked to be.
-    pub fn compare(self, results: &[ArrayRef], truth: &ArrayRef) -> Result<Agreement> {
+    pub fn compare(self, results: &[ArrayRef], truth: &ArrayRef, texts: Option<&ArrayRef>) -> Result<Agreement> {
         let mut agreement = Agreement::default();
         match self {
             Self::Label => {
@@ -79,6 +116,21 @@ impl TruthKind {
                     if let (Some(set), Some(truth)) = (set, truth) {
                         agreement.compared += 1;
                         agreement.correct += u64::from(set == truth);
+                    }
+                }
+            }
+            Self::Entities => {
+                let texts = texts.and_then(as_text).ok_or_else(|| Error::Internal("entities without a text".into()))?;
+                for ((found, expected), text) in
+                    entities(&results[0])?.into_iter().zip(entities(truth)?).zip(texts.iter())
+                {
+                    if let (Some(found), Some(expected), Some(text)) = (found, expected, text) {
+                        let text: Vec<char> = text.chars().collect();
+                        let (found, expected) = (trimmed(found, &text), trimmed(expected, &text));
+                        agreement.compared += 1;
+                        agreement.correct += found.intersection(&expected).count() as u64;
+                        agreement.found += found.len() as u64;
+                        agreement.expected += expected.len() as u64;
                     }
                 }
             }
@@ -110,6 +162,20 @@ impl TruthKind {
                     serde_json::json!({"column": column, "compared": n, "correct": agreement.correct, "accuracy": accuracy}),
                 )
             }
+            Self::Entities => {
+                let Agreement { correct, found, expected, .. } = *agreement;
+                let share = |of: u64| if of == 0 { f64::NAN } else { correct as f64 / of as f64 };
+                let (precision, recall, f1) = (share(found), share(expected), 2.0 * share(found + expected));
+                (
+                    format!(
+                        "F1 {f1:.4}, precision {precision:.4}, recall {recall:.4} ({found} entities found, {expected} in '{column}' of {n} rows)"
+                    ),
+                    serde_json::json!({
+                        "column": column, "compared": n, "correct": correct, "found": found, "expected": expected,
+                        "precision": precision, "recall": recall, "f1": f1,
+                    }),
+                )
+            }
             Self::Number => {
                 let (mae, rmse) = (share(agreement.absolute_error), share(agreement.squared_error).sqrt());
                 (
@@ -127,7 +193,52 @@ impl std::ops::AddAssign for Agreement {
         self.correct += other.correct;
         self.absolute_error += other.absolute_error;
         self.squared_error += other.squared_error;
+        self.found += other.found;
+        self.expected += other.expected;
     }
+}
+
+/// First character, the one after the last, label.
+type LabelledSpan = (usize, usize, String);
+
+/// Each row's entities.
+fn entities(column: &ArrayRef) -> Result<Vec<Option<Vec<LabelledSpan>>>> {
+    let unreadable = || Error::Internal(format!("entities in a {} column", column.data_type()));
+    let lists: ListArray = match column.data_type() {
+        DataType::List(item) | DataType::LargeList(item) => {
+            cast(column, &DataType::List(item.clone()))?.as_list::<i32>().clone()
+        }
+        _ => return Err(unreadable()),
+    };
+    let row = |list: ArrayRef| -> Result<Vec<LabelledSpan>> {
+        let structs: &StructArray = list.as_struct_opt().ok_or_else(unreadable)?;
+        let field = |name: &str, data_type: &DataType| -> Result<ArrayRef> {
+            Ok(cast(structs.column_by_name(name).ok_or_else(unreadable)?, data_type)?)
+        };
+        let (starts, ends) = (field("start", &DataType::Int64)?, field("end", &DataType::Int64)?);
+        let labels = field("label", &DataType::Utf8).or_else(|_| field("entity", &DataType::Utf8))?;
+        let offsets = starts.as_primitive::<Int64Type>().iter().zip(ends.as_primitive::<Int64Type>());
+        let spans = offsets.zip(labels.as_string::<i32>()).filter_map(|((start, end), label)| {
+            Some((usize::try_from(start?).ok()?, usize::try_from(end?).ok()?, label?.to_owned()))
+        });
+        Ok(spans.collect())
+    };
+    lists.iter().map(|list| list.map(row).transpose()).collect()
+}
+
+/// Entities without the white space at their ends.
+fn trimmed(entities: Vec<LabelledSpan>, text: &[char]) -> BTreeSet<LabelledSpan> {
+    let is_space = |at: usize| text.get(at).is_some_and(|character| character.is_whitespace());
+    let trim = |(mut start, mut end, label): LabelledSpan| {
+        while start < end && is_space(start) {
+            start += 1;
+        }
+        while start < end && is_space(end - 1) {
+            end -= 1;
+        }
+        (start, end, label)
+    };
+    entities.into_iter().map(trim).collect()
 }
 
 /// Each row's labels, sorted; entries of a struct list are told by their `label` field.
@@ -165,7 +276,7 @@ mod tests {
         let truth: ArrayRef =
             Arc::new(vec![Some("a"), Some("a"), Some("a"), None].into_iter().collect::<DictionaryArray<Int32Type>>());
         let kind = TruthKind::of(TaskKind::SingleLabel, "t", truth.data_type(), Path::new("x")).unwrap();
-        let agreement = kind.compare(&results, &truth).unwrap();
+        let agreement = kind.compare(&results, &truth, None).unwrap();
         assert_eq!((agreement.compared, agreement.correct), (2, 1));
         assert!(kind.describe("t", &agreement).0.starts_with("accuracy 0.5000 (1 of 2"));
     }
@@ -181,8 +292,34 @@ mod tests {
         builder.append_value([Some("z")]);
         let truth: ArrayRef = Arc::new(builder.finish());
         let kind = TruthKind::of(TaskKind::MultiLabel, "t", truth.data_type(), Path::new("x")).unwrap();
-        let agreement = kind.compare(&[sets.clone(), sets.clone(), sets], &truth).unwrap();
+        let agreement = kind.compare(&[sets.clone(), sets.clone(), sets], &truth, None).unwrap();
         assert_eq!((agreement.compared, agreement.correct), (2, 1));
+    }
+
+    #[test]
+    fn entities_agree_without_the_space_before_them() {
+        use arrow::array::{Int64Array, StructArray};
+        use arrow::buffer::OffsetBuffer;
+        let spans = |entities: &[(i64, i64, &str)], name: &str| -> ArrayRef {
+            let structs = StructArray::try_from(vec![
+                ("start", Arc::new(Int64Array::from_iter_values(entities.iter().map(|e| e.0))) as ArrayRef),
+                ("end", Arc::new(Int64Array::from_iter_values(entities.iter().map(|e| e.1)))),
+                (name, Arc::new(StringArray::from_iter_values(entities.iter().map(|e| e.2)))),
+            ])
+            .unwrap();
+            let item = Arc::new(arrow::datatypes::Field::new("item", structs.data_type().clone(), true));
+            Arc::new(ListArray::new(item, OffsetBuffer::from_lengths([entities.len()]), Arc::new(structs), None))
+        };
+        let texts: ArrayRef = Arc::new(StringArray::from(vec!["Zoë met Ada "]));
+        let results = [spans(&[(0, 3, "NAME"), (7, 12, "NAME"), (4, 7, "DATE")], "entity")];
+        let truth = spans(&[(0, 3, "NAME"), (8, 11, "NAME"), (4, 7, "NAME"), (9, 99, "NAME")], "label");
+        let kind = TruthKind::of_entities("t", truth.data_type(), Path::new("x")).unwrap();
+        let agreement = kind.compare(&results, &truth, Some(&texts)).unwrap();
+        assert_eq!((agreement.correct, agreement.found, agreement.expected), (2, 3, 4));
+        let (line, report) = kind.describe("t", &agreement);
+        assert!(line.starts_with("F1 0.5714, precision 0.6667, recall 0.5000"), "{line}");
+        assert_eq!(report["recall"], 0.5);
+        assert!(TruthKind::of_entities("t", &DataType::Utf8, Path::new("x")).is_err());
     }
 
     #[test]
@@ -190,7 +327,7 @@ mod tests {
         let results: Vec<ArrayRef> = vec![Arc::new(Float32Array::from(vec![1.0, 3.0]))];
         let truth: ArrayRef = Arc::new(Int32Array::from(vec![2, 1]));
         let kind = TruthKind::of(TaskKind::Regression, "t", truth.data_type(), Path::new("x")).unwrap();
-        let agreement = kind.compare(&results, &truth).unwrap();
+        let agreement = kind.compare(&results, &truth, None).unwrap();
         assert_eq!((agreement.absolute_error, agreement.squared_error), (3.0, 5.0));
     }
 

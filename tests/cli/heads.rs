@@ -159,7 +159,7 @@ fn results_that_are_no_predictions_have_no_truth() {
     let scratch = Scratch::new();
     let input = scratch.texts("in.parquet", [Some("a")]);
     let output = scratch.arg("out");
-    for (command, name) in [("embed", "embedder"), ("score", "lm-window"), ("tag", "tagger-bio")] {
+    for (command, name) in [("embed", "embedder"), ("score", "lm-window")] {
         let model = checkpoint(name);
         let message = fail(64, &[command, "-i", &input, "-o", &output, "--model", &model, "--truth-column", "text"]);
         assert!(message.contains(&format!("--truth-column does not fit {command}")), "{message}");
@@ -391,7 +391,9 @@ fn sample_entities_equal_transformers() {
     let (model, input) = pii();
     let scratch = Scratch::new();
     let output = scratch.arg("out");
-    succeed(&["token-classify", "-i", &input, "-o", &output, "--model", &model]);
+    let args = ["token-classify", "-i", &input, "-o", &output, "--model", &model, "--truth-column"];
+    let summary = succeed(&[&args[..], &["spans"]].concat());
+    assert!(summary.contains("F1 0.") && summary.contains("in 'spans' of 600 rows"), "{summary}");
     let results = read_parquet(&output);
     let expected = read_parquet(project("sample-data/pii-expected.parquet"));
     assert_eq!(results.column_by_name("id"), expected.column_by_name("id"));
@@ -410,6 +412,17 @@ fn sample_entities_equal_transformers() {
             assert!((score - scores.value(j)).abs() < 1e-4, "row {i}");
         }
     }
+}
+
+#[test]
+fn a_truth_that_is_not_entities_is_64() {
+    let (model, input) = pii();
+    let scratch = Scratch::new();
+    let output = scratch.arg("out");
+    let args = ["tag", "-i", &input, "-o", &output, "--model", &model, "--truth-column"];
+    assert!(fail(64, &[&args[..], &["id"]].concat()).contains("a list of structs with start, end and label"));
+    let message = fail(64, &[&args[..], &["spans", "--aggregation", "none"]].concat());
+    assert!(message.contains("--aggregation none"), "{message}");
 }
 
 /// The texts of the sample data in one long text after another, 12 of them each.

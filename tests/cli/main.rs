@@ -2,6 +2,7 @@
 
 mod errors;
 mod formats;
+mod generate;
 mod goldens;
 mod heads;
 mod jobs;
