@@ -11,6 +11,8 @@
 //!    door the padding is dropped, so that it costs no arithmetic.
 //! 5. [`model`] computes hidden states, token by token of all rows end to end, with the operations of [`kernels`];
 //!    one of [`heads`] reads its answer off them.
+//!    A text to be completed goes another way here: [`generation`] keeps it live over many steps, one token each, with its
+//!    keys and values in a rolling cache.
 //! 6. [`engine`] hands each answer back to its row, so that the output's order is the input's.
 //! 7. [`data`] writes the unit's **part** and commits it: the part is there whole or not at all, and its footer says which
 //!    rows of which job it holds. A killed job goes on after its last part.
