@@ -1,6 +1,6 @@
-"""Writes the reference workload: a random 100M-parameter Mistral classifier and 512 texts of log-normal length.
+"""Writes the reference workload: a random 100M-parameter Mistral and 512 texts of log-normal length.
 
-    python benches/workload.py DIR      # DIR/checkpoint (f32), DIR/texts.parquet
+    python benches/workload.py DIR      # DIR/checkpoint (classifier, f32), DIR/lm (causal LM, bf16), DIR/texts.parquet
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoTokenizer, MistralConfig, MistralForSequenceClassification
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, MistralForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "sample-data" / "scripts"))
 import corpus  # noqa: E402
@@ -31,6 +31,9 @@ def main(root: Path) -> None:
     torch.manual_seed(5)
     MistralForSequenceClassification(config).eval().save_pretrained(checkpoint)
     tokenizer_factory.write(spec, trained, checkpoint)
+    torch.manual_seed(5)
+    MistralForCausalLM(config).eval().to(torch.bfloat16).save_pretrained(root / "lm")
+    tokenizer_factory.write(spec, trained, root / "lm")
 
     tok = AutoTokenizer.from_pretrained(checkpoint)
     rng = random.Random(9)
