@@ -312,7 +312,7 @@ fn the_same_seed_gives_the_same_text_and_another_seed_another() {
     let prompt = tokens(3, 20, lm.checkpoint.config.vocab_size);
     let drawn = |seed: u64, sample: u32, row: u64| {
         let params = SamplingParams { max_tokens: 12, temperature: 1.0, seed, ..SamplingParams::default() };
-        let mut request = requests(&[prompt.clone()], params).remove(0);
+        let mut request = requests(std::slice::from_ref(&prompt), params).remove(0);
         (request.sample, request.random_key) = (sample, row);
         lm.generate(&[request], ROOMY).remove(0).token_ids
     };
