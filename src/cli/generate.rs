@@ -86,6 +86,10 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Generation")]
     seed: u64,
 
+    /// Struct column whose fields (max_tokens, temperature, top_p, stop, seed, …) override these flags row by row
+    #[arg(long, value_name = "COLUMN", help_heading = "Generation")]
+    params_column: Option<String>,
+
     /// Memory for keys and values of live completions, in bytes; accepts 512M and 2G
     #[arg(long, value_name = "BYTES", value_parser = count, default_value_t = DEFAULT_KV_CACHE_BYTES, help_heading = "Running")]
     kv_cache_memory: u64,
@@ -114,6 +118,7 @@ impl GenerateArgs {
             stop_token_ids: self.stop_token_ids,
             ignore_eos: self.ignore_eos,
             samples: self.n,
+            params_column: self.params_column,
             kv_cache_bytes: self.kv_cache_memory,
         }))
     }

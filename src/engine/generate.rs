@@ -101,6 +101,17 @@ impl<T> Generation<'_, T> {
 
     /// Adds a window; `random_keys` has each row's number in the whole input. Returns how many rows need no completion.
     pub fn push(&mut self, tag: T, prepared: PreparedRows, random_keys: impl Iterator<Item = u64>) -> u64 {
+        let params = self.generator.params.clone();
+        self.push_with(tag, prepared, random_keys.map(|key| (key, Ok(params.clone()))))
+    }
+
+    /// As [`Generation::push`], with each row's own settings, or why there are none, beside its number.
+    pub fn push_with(
+        &mut self,
+        tag: T,
+        prepared: PreparedRows,
+        settings: impl Iterator<Item = (u64, Result<Arc<SamplingParams>, String>)>,
+    ) -> u64 {
         let PreparedRows { rows, sequences, .. } = prepared;
         let base = self.first_row + self.windows.iter().map(|window| window.rows.len()).sum::<usize>();
         let samples = self.generator.samples;
@@ -112,9 +123,16 @@ impl<T> Generation<'_, T> {
             padding: Padding::default(),
         };
         let mut sequences: Vec<Option<Sequence>> = sequences.into_iter().map(Some).collect();
-        for ((index, row), random_key) in window.rows.iter_mut().enumerate().zip(random_keys) {
+        for ((index, row), (random_key, params)) in window.rows.iter_mut().enumerate().zip(settings) {
             let Some(sequence) = row.sequences.clone().next().and_then(|first| sequences[first].take()) else {
                 continue;
+            };
+            let params = match params {
+                Ok(params) => params,
+                Err(message) => {
+                    row.error = Some(message);
+                    continue;
+                }
             };
             for sample in 0..samples {
                 let request = Request {
@@ -122,7 +140,7 @@ impl<T> Generation<'_, T> {
                     sample,
                     random_key,
                     prompt_ids: sequence.input_ids.clone(),
-                    params: self.generator.params.clone(),
+                    params: params.clone(),
                 };
                 match self.scheduler.push(request) {
                     Ok(()) => window.missing += 1,

@@ -11,6 +11,6 @@ mod scheduler;
 pub mod stop;
 
 pub use causal_lm::CausalLm;
-pub use params::{DEFAULT_MAX_TOKENS, GenerationDefaults, SamplingParams};
+pub use params::{BadSetting, DEFAULT_MAX_TOKENS, GenerationDefaults, SamplingParams};
 pub use scheduler::{Completion, Generated, Request, Scheduler, SchedulerLimits, StepModel, StepStats};
 pub use stop::{Decode, FinishReason};

@@ -153,7 +153,7 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
         if request.prompt_ids.is_empty() {
             return Err("the prompt has no tokens".into());
         }
-        request.params.check()?;
+        request.params.check().map_err(|bad| bad.to_string())?;
         let (needed, allowed) = (self.model.cache_bytes(request.max_len()), self.limits.kv_cache_bytes);
         if needed > allowed {
             return Err(format!(
@@ -460,7 +460,7 @@ mod tests {
         let mut scheduler = Scheduler::new(&model, &Letters, limits);
         assert!(scheduler.push(request(0, 5, 6, vec![])).unwrap_err().contains("110 bytes"));
         assert!(scheduler.push(request(0, 0, 6, vec![])).unwrap_err().contains("no tokens"));
-        assert!(scheduler.push(request(0, 5, 0, vec![])).unwrap_err().contains("max-tokens"));
+        assert!(scheduler.push(request(0, 5, 0, vec![])).unwrap_err().contains("max_tokens"));
         assert!(scheduler.push(request(0, 5, 5, vec![])).is_ok());
         assert_eq!((scheduler.queued(), scheduler.live(), scheduler.is_idle()), (1, 0, false));
     }

@@ -10,8 +10,10 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::generation::GenerateOptions;
+use super::row_params::RowParams;
 use super::spec::{JobSpec, PromptSpec};
 use super::truth::TruthKind;
+use crate::data::dataset::Dataset;
 use crate::engine::{Engine, generate_fields};
 use crate::error::{Error, Result};
 use crate::heads::{
@@ -110,6 +112,17 @@ impl CommandSpec {
             Self::Classify(_) | Self::Embed(_) | Self::Score(_) | Self::Tag(_) => {
                 serde_json::to_value(self).map_err(|error| Error::Internal(error.to_string()))
             }
+        }
+    }
+
+    /// The settings that rows bring themselves, checked against the data.
+    ///
+    /// # Errors
+    /// As [`RowParams::new`].
+    pub fn row_params(&self, checkpoint: &Checkpoint, dataset: &Dataset) -> Result<Option<RowParams>> {
+        match self {
+            Self::Generate(options) => options.row_params(checkpoint, dataset),
+            Self::Classify(_) | Self::Embed(_) | Self::Score(_) | Self::Tag(_) => Ok(None),
         }
     }
 

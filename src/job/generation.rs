@@ -1,9 +1,13 @@
 //! What `generate` is asked for, and what the checkpoint adds to it.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::row_params::RowParams;
 use super::spec::JobSpec;
+use crate::data::dataset::Dataset;
 use crate::engine::Generator;
 use crate::error::{Error, Result};
 use crate::generation::{CausalLm, GenerationDefaults, SamplingParams, SchedulerLimits};
@@ -28,6 +32,8 @@ pub struct GenerateOptions {
     pub ignore_eos: bool,
     /// Completions of each row.
     pub samples: u32,
+    /// A struct column whose fields override `params`, `max_tokens`, `stop_token_ids` and `ignore_eos` row by row.
+    pub params_column: Option<String>,
     /// Memory for key/value caches, in bytes; it changes no result.
     #[serde(skip)]
     pub kv_cache_bytes: u64,
@@ -47,8 +53,8 @@ impl GenerateOptions {
             None if self.ignore_eos => Vec::new(),
             None => defaults.eos_token_ids,
         };
-        params.check().map_err(|message| Error::Usage(format!("--{message}")))?;
-        if self.samples > 1 && params.temperature == 0.0 {
+        params.check().map_err(|bad| Error::Usage(bad.of_flag()))?;
+        if self.samples > 1 && params.temperature == 0.0 && self.params_column.is_none() {
             return Err(Error::Usage(format!(
                 "--n {} without a --temperature would give the same greedy completion each time",
                 self.samples
@@ -64,7 +70,17 @@ impl GenerateOptions {
     pub fn settings(&self, checkpoint: &Checkpoint) -> Result<Value> {
         let params =
             serde_json::to_value(self.resolve(checkpoint)?).map_err(|error| Error::Internal(error.to_string()))?;
-        Ok(json!({ "params": params, "n": self.samples }))
+        Ok(json!({ "params": params, "n": self.samples, "params_column": self.params_column }))
+    }
+
+    /// The settings that rows bring themselves.
+    ///
+    /// # Errors
+    /// As [`GenerateOptions::resolve`] and [`RowParams::new`].
+    pub fn row_params(&self, checkpoint: &Checkpoint, dataset: &Dataset) -> Result<Option<RowParams>> {
+        let Some(column) = &self.params_column else { return Ok(None) };
+        let eos_token_ids = GenerationDefaults::read(&checkpoint.dir, &checkpoint.config)?.eos_token_ids;
+        RowParams::new(dataset, column, Arc::new(self.resolve(checkpoint)?), eos_token_ids).map(Some)
     }
 
     /// Loads the model.

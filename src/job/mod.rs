@@ -7,6 +7,7 @@ mod pipeline;
 mod plan;
 mod prompts;
 mod report;
+mod row_params;
 mod runner;
 mod spec;
 mod truth;

@@ -8,4 +8,5 @@ mod heads;
 mod jobs;
 mod kills;
 mod prompts;
+mod row_params;
 mod support;
