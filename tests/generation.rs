@@ -14,6 +14,9 @@ use mistral_batch::text::TextTokenizer;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::Value;
 
+#[path = "generation/constraint.rs"]
+mod constraint;
+
 fn checkpoint(name: &str) -> Checkpoint {
     Checkpoint::open(&format!("{}/tests/goldens/checkpoints/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
 }

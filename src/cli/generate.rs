@@ -1,11 +1,14 @@
 //! `mistral-batch generate`.
 
+use std::path::{Path, PathBuf};
+
 use clap::Args;
+use serde_json::Value;
 
 use super::common::CommonArgs;
 use super::values::count;
-use crate::error::Result;
-use crate::generation::SamplingParams;
+use crate::error::{Error, Result};
+use crate::generation::{Grammar, SamplingParams};
 use crate::job::{CommandSpec, DEFAULT_KV_CACHE_BYTES, GenerateOptions};
 
 /// Complete each prompt with a MistralForCausalLM checkpoint.
@@ -86,6 +89,28 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Generation")]
     seed: u64,
 
+    /// Complete with one of these texts, separated by commas; --choice takes one that has a comma
+    #[arg(
+        long,
+        value_name = "A,B,C",
+        value_delimiter = ',',
+        conflicts_with_all = ["json_schema", "regex"],
+        help_heading = "Constrained output"
+    )]
+    choices: Vec<String>,
+
+    /// One more choice, as it stands; repeatable
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["json_schema", "regex"], help_heading = "Constrained output")]
+    choice: Vec<String>,
+
+    /// Complete with JSON that is valid against the schema in this file
+    #[arg(long, value_name = "FILE", conflicts_with = "regex", help_heading = "Constrained output")]
+    json_schema: Option<PathBuf>,
+
+    /// Complete with a text that matches this regular expression as a whole
+    #[arg(long, value_name = "PATTERN", help_heading = "Constrained output")]
+    regex: Option<String>,
+
     /// Struct column whose fields (max_tokens, temperature, top_p, stop, seed, …) override these flags row by row
     #[arg(long, value_name = "COLUMN", help_heading = "Generation")]
     params_column: Option<String>,
@@ -96,7 +121,22 @@ pub struct GenerateArgs {
 }
 
 impl GenerateArgs {
+    /// What completions have to be, if anything.
+    fn grammar(&self) -> Result<Option<Grammar>> {
+        let grammar = match (&self.json_schema, &self.regex) {
+            (Some(path), _) => Grammar::JsonSchema(read_schema(path)?),
+            (None, Some(pattern)) => Grammar::Regex(pattern.clone()),
+            (None, None) if self.choices.is_empty() && self.choice.is_empty() => return Ok(None),
+            (None, None) => Grammar::Choices(self.choices.iter().chain(&self.choice).cloned().collect()),
+        };
+        let place = self.json_schema.as_ref().map_or(String::new(), |path| format!(" {}", path.display()));
+        let failed = |message: String| Error::Usage(format!("{}{place}: {message}", grammar.flag()));
+        grammar.check().map_err(failed)?;
+        Ok(Some(grammar))
+    }
+
     pub fn run(self) -> Result<()> {
+        let grammar = self.grammar()?;
         let params = SamplingParams {
             min_tokens: self.min_tokens,
             temperature: self.temperature,
@@ -119,7 +159,16 @@ impl GenerateArgs {
             ignore_eos: self.ignore_eos,
             samples: self.n,
             params_column: self.params_column,
+            grammar,
             kv_cache_bytes: self.kv_cache_memory,
         }))
     }
+}
+
+/// A JSON schema without what is of no matter in it: the order of its keys is, since it is the output's.
+fn read_schema(path: &Path) -> Result<String> {
+    let failed = |message: String| Error::Usage(format!("--json-schema {}: {message}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
+    let schema: Value = serde_json::from_str(&text).map_err(|error| failed(format!("no JSON: {error}")))?;
+    Ok(schema.to_string())
 }

@@ -5,12 +5,14 @@
 //! [`stop`] ends them. The next request takes a finished one's place in the very next step.
 
 mod causal_lm;
+mod constraint;
 mod params;
 pub mod sampler;
 mod scheduler;
 pub mod stop;
 
 pub use causal_lm::CausalLm;
+pub use constraint::{Constraint, ConstraintState, Grammar, TokenMask};
 pub use params::{BadSetting, DEFAULT_MAX_TOKENS, GenerationDefaults, SamplingParams};
 pub use scheduler::{Completion, Generated, Request, Scheduler, SchedulerLimits, StepModel, StepStats};
 pub use stop::{Decode, FinishReason};

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::Constraint;
 use crate::error::{Error, Result};
 use crate::model::MistralConfig;
 
@@ -38,6 +39,9 @@ pub struct SamplingParams {
     pub logprobs: bool,
     /// The same seed gives the same row the same completion.
     pub seed: u64,
+    /// What the completion has to be.
+    #[serde(skip)]
+    pub constraint: Option<Constraint>,
 }
 
 /// Tokens of a completion when neither the user nor the checkpoint says how many.
@@ -60,6 +64,7 @@ impl Default for SamplingParams {
             stop: Vec::new(),
             logprobs: false,
             seed: 0,
+            constraint: None,
         }
     }
 }
@@ -108,6 +113,14 @@ impl SamplingParams {
         }
         if self.max_tokens == 0 {
             return refuse("max_tokens", "is 0; a completion has at least one token".into());
+        }
+        if let Some(needed) = self.constraint.as_ref().and_then(Constraint::max_tokens)
+            && self.max_tokens < needed
+        {
+            return refuse(
+                "max_tokens",
+                format!("is {}, and the longest of the choices can take {needed} tokens", self.max_tokens),
+            );
         }
         if self.min_tokens > self.max_tokens {
             return refuse(

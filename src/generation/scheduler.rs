@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::SamplingParams;
 use super::sampler::{self, DrawKey};
 use super::stop::{self, Decode, FinishReason};
+use super::{Constraint, ConstraintState, SamplingParams};
 use crate::batch::PackedBatch;
 use crate::error::Result;
 
@@ -119,6 +119,8 @@ struct Live<C> {
     past: usize,
     completion: Vec<u32>,
     logprobs: Vec<f32>,
+    /// Where in its grammar the completion is, if it has one.
+    constraint: Option<ConstraintState>,
     end: Option<Result<FinishReason, String>>,
 }
 
@@ -242,6 +244,7 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
                 past: 0,
                 completion: Vec::new(),
                 logprobs: Vec::new(),
+                constraint: request.params.constraint.as_ref().map(Constraint::begin),
                 end: None,
                 request,
             });
@@ -268,25 +271,46 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
 impl<C> Live<C> {
     /// Chooses the next token and sees whether it is the last.
     fn take_token(&mut self, logits: &mut [f32], decoder: &impl Decode) {
+        self.end = self.next_token(logits, decoder).transpose();
+    }
+
+    /// Chooses the next token; why the completion ends with it, if it does.
+    fn next_token(&mut self, logits: &mut [f32], decoder: &impl Decode) -> Result<Option<FinishReason>, String> {
         if !logits.iter().all(|logit| logit.is_finite()) {
-            self.end = Some(Err("the model's output holds NaN or infinity".into()));
-            return;
+            return Err("the model's output holds NaN or infinity".into());
         }
         let Request { sample, random_key, params, prompt_ids, .. } = &self.request;
         let key = DrawKey { seed: params.seed, row: *random_key, sample: *sample, step: self.completion.len() as u32 };
-        let sampled = sampler::sample(logits, params, prompt_ids, &self.completion, key);
+        let allowed = match &mut self.constraint {
+            Some(state) => Some(state.allowed(&params.stop_token_ids)?),
+            None => None,
+        };
+        let sampled = sampler::sample(logits, params, allowed.as_ref(), prompt_ids, &self.completion, key);
+        let sampled = sampled.ok_or("no token is left to choose: the settings forbid all that could follow")?;
         self.completion.push(sampled.token_id);
         if params.logprobs {
             self.logprobs.push(sampled.logprob);
         }
-        self.end = stop::finish_reason(&self.completion, params, decoder).transpose();
+        if let Some(state) = &mut self.constraint {
+            state.advance(sampled.token_id)?;
+        }
+        match stop::finish_reason(&self.completion, params, decoder)? {
+            None | Some(FinishReason::Length) if self.constraint.as_ref().is_some_and(ConstraintState::is_finished) => {
+                Ok(Some(FinishReason::Stop))
+            }
+            end => Ok(end),
+        }
     }
 
     fn finish(self, decoder: &impl Decode) -> Option<Completion> {
         let Request { row, sample, params, prompt_ids, .. } = self.request;
         let result = self.end?.and_then(|finish_reason| {
+            let text = stop::text(&self.completion, &params, decoder)?;
+            if let Some(constraint) = params.constraint.as_ref().filter(|constraint| !constraint.accepts(&text)) {
+                return Err(unfinished(constraint, finish_reason, self.completion.len()));
+            }
             Ok(Generated {
-                text: stop::text(&self.completion, &params, decoder)?,
+                text,
                 finish_reason,
                 prompt_tokens: prompt_ids.len(),
                 token_ids: self.completion,
@@ -294,6 +318,17 @@ impl<C> Live<C> {
             })
         });
         Some(Completion { row, sample, result })
+    }
+}
+
+/// Why a completion that ended is not what it has to be.
+fn unfinished(constraint: &Constraint, reason: FinishReason, tokens: usize) -> String {
+    let flag = constraint.grammar().flag();
+    match reason {
+        FinishReason::Length => {
+            format!("cut at max_tokens ({tokens}) before the text was complete under {flag}; raise --max-tokens")
+        }
+        FinishReason::Stop => format!("a stop string or token ended the text before it was complete under {flag}"),
     }
 }
 

@@ -115,13 +115,18 @@ impl CommandSpec {
         }
     }
 
-    /// The settings that rows bring themselves, checked against the data.
+    /// The settings that rows bring themselves, checked against the data, as a grammar is.
     ///
     /// # Errors
-    /// As [`RowParams::new`].
-    pub fn row_params(&self, checkpoint: &Checkpoint, dataset: &Dataset) -> Result<Option<RowParams>> {
+    /// As [`GenerateOptions::row_params`].
+    pub fn row_params(
+        &self,
+        checkpoint: &Checkpoint,
+        tokenizer: &TextTokenizer,
+        dataset: &Dataset,
+    ) -> Result<Option<RowParams>> {
         match self {
-            Self::Generate(options) => options.row_params(checkpoint, dataset),
+            Self::Generate(options) => options.row_params(checkpoint, tokenizer, dataset),
             Self::Classify(_) | Self::Embed(_) | Self::Score(_) | Self::Tag(_) => Ok(None),
         }
     }
@@ -148,7 +153,7 @@ impl CommandSpec {
                 Box::new(TokenClassification::load(checkpoint, options.clone(), tokenizer.clone(), device)?)
             }
             Self::Generate(options) => {
-                return Ok(Engine::generating(options.generator(checkpoint, spec, device)?, tokenizer));
+                return Ok(Engine::generating(options.generator(checkpoint, spec, &tokenizer, device)?, tokenizer));
             }
         };
         Ok(Engine::new(MistralModel::load(checkpoint, device)?, head, tokenizer, spec.max_batch_tokens))

@@ -60,7 +60,7 @@ impl JobPlan {
         })?);
         let first_path = dataset.files.first().map(|file| file.path.clone()).unwrap_or_default();
         let prompts = PromptSource::new(spec, &dataset, tokenizer)?;
-        let row_params = spec.command.row_params(checkpoint, &dataset)?;
+        let row_params = spec.command.row_params(checkpoint, tokenizer, &dataset)?;
 
         let results: Vec<Field> = spec.command.fields(checkpoint)?.into_iter().chain(common_fields()).collect();
         let kept = kept_columns(&dataset, spec.keep.as_deref())?;
