@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 use super::common::CommonArgs;
 use super::values::count;
 use crate::error::{Error, Result};
-use crate::generation::{Grammar, SamplingParams};
+use crate::generation::{Batching, Grammar, SamplingParams};
 use crate::job::{CommandSpec, DEFAULT_KV_CACHE_BYTES, GenerateOptions};
 
 /// Complete each prompt with a MistralForCausalLM checkpoint.
@@ -115,9 +115,21 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "COLUMN", help_heading = "Generation")]
     params_column: Option<String>,
 
+    /// Refill a finished completion's place at once, or compute left-padded rectangles to their end, for comparison
+    #[arg(long, value_enum, value_name = "HOW", default_value = "in-flight", help_heading = "Running")]
+    batching: BatchingArg,
+
     /// Memory for keys and values of live completions, in bytes; accepts 512M and 2G
     #[arg(long, value_name = "BYTES", value_parser = count, default_value_t = DEFAULT_KV_CACHE_BYTES, help_heading = "Running")]
     kv_cache_memory: u64,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum BatchingArg {
+    /// In flight: whoever ends makes room for the next in the very next step
+    InFlight,
+    /// The plain way: a padded rectangle waits for its longest completion
+    Static,
 }
 
 impl GenerateArgs {
@@ -159,6 +171,10 @@ impl GenerateArgs {
             ignore_eos: self.ignore_eos,
             samples: self.n,
             params_column: self.params_column,
+            batching: match self.batching {
+                BatchingArg::InFlight => Batching::InFlight,
+                BatchingArg::Static => Batching::Static,
+            },
             grammar,
             kv_cache_bytes: self.kv_cache_memory,
         }))

@@ -10,7 +10,7 @@ use super::spec::JobSpec;
 use crate::data::dataset::Dataset;
 use crate::engine::Generator;
 use crate::error::{Error, Result};
-use crate::generation::{CausalLm, Constraint, GenerationDefaults, Grammar, SamplingParams, SchedulerLimits};
+use crate::generation::{Batching, CausalLm, Constraint, GenerationDefaults, Grammar, SamplingParams, SchedulerLimits};
 use crate::model::Checkpoint;
 use crate::text::TextTokenizer;
 use candle_core::Device;
@@ -35,6 +35,8 @@ pub struct GenerateOptions {
     pub samples: u32,
     /// A struct column whose fields override `params`, `max_tokens`, `stop_token_ids` and `ignore_eos` row by row.
     pub params_column: Option<String>,
+    /// Who shares the steps of a completion.
+    pub batching: Batching,
     /// What completions have to be.
     pub grammar: Option<Grammar>,
     /// Memory for key/value caches, in bytes; it changes no result.
@@ -93,6 +95,7 @@ impl GenerateOptions {
             "params": params,
             "n": self.samples,
             "params_column": self.params_column,
+            "batching": self.batching,
             "grammar": self.grammar,
         }))
     }
@@ -130,6 +133,7 @@ impl GenerateOptions {
             max_rows: MAX_LIVE_ROWS,
             prefill_tokens: spec.max_batch_tokens,
         };
-        Ok(Generator::new(CausalLm::load(checkpoint, device)?, params, self.samples, limits))
+        let generator = Generator::new(CausalLm::load(checkpoint, device)?, params, self.samples, limits);
+        Ok(generator.with_batching(self.batching))
     }
 }
