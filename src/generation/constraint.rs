@@ -16,8 +16,8 @@ use toktrie::{ApproximateTokEnv, INVALID_TOKEN, InferenceCapabilities, SimpleVob
 use crate::error::one_line;
 use crate::text::TokenBytes;
 
-/// Whitespace between the parts of a JSON text: enough for indented lines, too little for a model to lose itself in.
-const JSON_WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,16}";
+/// Whitespace that may stand between the parts of a JSON text, once: without a bound models lose themselves in it.
+const JSON_WHITESPACE: &str = r"\x20";
 
 /// What a completion has to be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

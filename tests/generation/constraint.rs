@@ -86,6 +86,10 @@ fn every_json_is_valid_against_its_schema() {
                 assert!(keys.is_superset(&["label", "urgent", "score", "tags"].into()), "{value}");
                 assert!(keys.is_subset(&["label", "urgent", "score", "tags", "note"].into()), "{value}");
                 assert!(["billing", "bug", "größe"].contains(&value["label"].as_str().unwrap()), "{value}");
+                // On one line, with no more than a space anywhere.
+                let outside: Vec<_> = generated.text.split('"').step_by(2).collect();
+                let spaced = |part: &&str| part.contains("  ") || part.contains('\n');
+                assert!(!outside.iter().any(spaced), "{}", generated.text);
                 assert!(value["urgent"].is_boolean() && value["score"].as_u64().unwrap() <= 10, "{value}");
                 assert!(value["note"].as_str().is_none_or(|note| note.chars().count() <= 6), "{value}");
                 let tags = value["tags"].as_array().unwrap();
