@@ -80,12 +80,10 @@ impl Grammar {
 
 /// A grammar compiled for a tokenizer.
 #[derive(Clone)]
-pub struct Constraint {
-    grammar: Grammar,
-    compiled: Arc<Compiled>,
-}
+pub struct Constraint(Arc<Compiled>);
 
 struct Compiled {
+    grammar: Grammar,
     beginnings: Vec<Beginning>,
     /// Over bytes instead of tokens, for whole texts.
     bytes: Mutex<Matcher>,
@@ -102,13 +100,13 @@ struct Beginning {
 
 impl fmt::Debug for Constraint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Constraint").field(&self.grammar).finish()
+        f.debug_tuple("Constraint").field(&self.0.grammar).finish()
     }
 }
 
 impl PartialEq for Constraint {
     fn eq(&self, other: &Self) -> bool {
-        self.grammar == other.grammar
+        self.0.grammar == other.0.grammar
     }
 }
 
@@ -138,22 +136,22 @@ impl Constraint {
             beginnings.push(Beginning { matcher: Mutex::new(matcher), allowed });
         }
         let has_text = tokens.tokens.iter().map(Option::is_some).collect();
-        let compiled =
-            Compiled { beginnings, bytes: Mutex::new(bytes), has_text, drops_first_space: tokens.drops_first_space };
-        Ok(Self { grammar, compiled: Arc::new(compiled) })
+        let drops_first_space = tokens.drops_first_space;
+        let bytes = Mutex::new(bytes);
+        Ok(Self(Arc::new(Compiled { grammar, beginnings, bytes, has_text, drops_first_space })))
     }
 
     /// What completions have to be.
     pub fn grammar(&self) -> &Grammar {
-        &self.grammar
+        &self.0.grammar
     }
 
     /// Tokens after which every completion is whole, however it is cut into tokens; `None` where there is no such number.
     pub fn max_tokens(&self) -> Option<usize> {
-        match &self.grammar {
+        match &self.0.grammar {
             Grammar::Choices(choices) => {
                 let longest = choices.iter().map(String::len).max()?;
-                Some(longest + usize::from(self.compiled.drops_first_space))
+                Some(longest + usize::from(self.0.drops_first_space))
             }
             Grammar::JsonSchema(_) | Grammar::Regex(_) => None,
         }
@@ -161,7 +159,7 @@ impl Constraint {
 
     /// Whether a whole text keeps to the grammar.
     pub fn accepts(&self, text: &str) -> bool {
-        let Ok(mut matcher) = lock(&self.compiled.bytes).map(|matcher| matcher.deep_clone()) else { return false };
+        let Ok(mut matcher) = lock(&self.0.bytes).map(|matcher| matcher.deep_clone()) else { return false };
         let bytes: Vec<u32> = text.bytes().map(u32::from).collect();
         matcher.try_consume_tokens(&bytes).is_ok_and(|taken| taken == bytes.len())
             && matcher.is_accepting().unwrap_or(false)
@@ -169,7 +167,7 @@ impl Constraint {
 
     /// The state before a completion's first token.
     pub fn begin(&self) -> ConstraintState {
-        ConstraintState { compiled: Arc::clone(&self.compiled), matcher: None }
+        ConstraintState { compiled: Arc::clone(&self.0), matcher: None }
     }
 }
 
