@@ -20,6 +20,7 @@ use crate::job::{CommandSpec, DEFAULT_KV_CACHE_BYTES, GenerateOptions};
 Examples:
   mistral-batch generate -i prompts.parquet --text-column prompt --model ./mistral-7b -o answers
   mistral-batch generate -i chats.jsonl --chat-column messages --model org/name-instruct --max-tokens 200 -o answers.jsonl
+  mistral-batch generate -i reviews.csv --prompt-template \"Review: {review} Sentiment:\" --choices positive,negative,mixed --model ./m -o rated.csv
   mistral-batch generate -i names.csv --prompt-template \"Write a haiku about {name}:\" --temperature 0.8 --top-p 0.95 --seed 7 --model ./m -o haikus.csv")]
 pub struct GenerateArgs {
     #[command(flatten)]
