@@ -96,6 +96,10 @@ pub enum Error {
     #[error("{errors} row(s) failed, {allowed} allowed; first: row {row} of {path}: {message}")]
     TooManyRowErrors { errors: u64, allowed: u64, path: PathBuf, row: u64, message: String },
 
+    /// A row of a query failed, and the session wants the query to fail with it.
+    #[error("{function}: a row failed: {message}; with SET mistral.on_error = 'null' its result is null instead")]
+    RowFailed { function: &'static str, message: String },
+
     /// The device that was asked for cannot be used.
     #[error("device {device}: {message}")]
     Device { device: String, message: String },
@@ -145,7 +149,8 @@ impl Error {
             Error::InputCorrupt { .. }
             | Error::SchemaDrift { .. }
             | Error::InputChanged { .. }
-            | Error::TooManyRowErrors { .. } => ExitCode::InputData,
+            | Error::TooManyRowErrors { .. }
+            | Error::RowFailed { .. } => ExitCode::InputData,
             Error::NoInput { .. } => ExitCode::NoInput,
             Error::Device { .. } => ExitCode::Unavailable,
             Error::Internal(_) => ExitCode::Internal,
