@@ -128,6 +128,10 @@ pub enum Error {
     #[error("stopped by {}; run the same command with --resume to go on", if *.signal == SIGTERM { "SIGTERM" } else { "SIGINT" })]
     Stopped { signal: i32 },
 
+    /// A statement failed, or was cancelled.
+    #[error("{message}")]
+    Query { message: String, code: ExitCode },
+
     /// Something that should not happen did.
     #[error("internal error: {0}; please report it with the command that led here")]
     Internal(String),
@@ -153,6 +157,7 @@ impl Error {
             | Error::RowFailed { .. } => ExitCode::InputData,
             Error::NoInput { .. } => ExitCode::NoInput,
             Error::Device { .. } => ExitCode::Unavailable,
+            Error::Query { code, .. } => *code,
             Error::Internal(_) => ExitCode::Internal,
             Error::CannotCreate { .. } => ExitCode::CannotCreate,
             Error::Io { .. } => ExitCode::Io,

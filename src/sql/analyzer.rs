@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use arrow::datatypes::DataType;
 use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
 use datafusion::common::{Column, ScalarValue, plan_err};
 use datafusion::config::ConfigOptions;
@@ -16,7 +17,7 @@ use datafusion::error::Result;
 use datafusion::logical_expr::expr::{AggregateFunction, AggregateFunctionParams, Alias, ScalarFunction};
 use datafusion::logical_expr::expr_rewriter::NamePreserver;
 use datafusion::logical_expr::{
-    Case, Distinct, Expr, ExprSchemable, Extension, LogicalPlan, Projection, SubqueryAlias, lit, when,
+    Case, Distinct, Expr, ExprSchemable, Extension, LogicalPlan, Projection, SubqueryAlias, lit,
 };
 use datafusion::optimizer::AnalyzerRule;
 
@@ -129,9 +130,9 @@ struct Branch {
 }
 
 impl Branch {
-    /// `argument` where the branch is taken, else null.
-    fn guard(&self, argument: Expr) -> Expr {
-        let null = || Box::new(lit(ScalarValue::Null));
+    /// `argument` where the branch is taken, else `null`.
+    fn guard(&self, argument: Expr, null: &ScalarValue) -> Expr {
+        let null = || Box::new(lit(null.clone()));
         let mut when_then_expr: Vec<_> =
             self.before.iter().map(|condition| (Box::new(condition.clone()), null())).collect();
         let else_expr = match &self.condition {
@@ -378,10 +379,15 @@ impl Hoister {
         if let Some(column) = input.available.get(&(call.clone(), unguarded.clone())) {
             return Ok(Expr::Column(column.clone()));
         }
+        // Types are settled by now: the null has to be of the argument's.
+        let null = match unguarded.get_type(input.plan.schema())? {
+            DataType::Null => ScalarValue::Utf8(None),
+            data_type => ScalarValue::try_from(&data_type)?,
+        };
         let guarded = branches
             .map_or(&[][..], |branches| &branches[..])
             .iter()
-            .rfold(unguarded, |argument, branch| branch.guard(argument));
+            .rfold(unguarded, |argument, branch| branch.guard(argument, &null));
         if let Some(column) = input.available.get(&(call.clone(), guarded.clone())) {
             return Ok(Expr::Column(column.clone()));
         }
@@ -399,12 +405,7 @@ impl Hoister {
             _ => {
                 let mut exprs: Vec<Expr> = plan.schema().columns().into_iter().map(Expr::Column).collect();
                 let name = format!("__argument_{number}");
-                let argument = match argument.get_type(plan.schema())? {
-                    // A CASE of nothing but nulls has no type of its own.
-                    arrow::datatypes::DataType::Null => when(lit(true), lit(ScalarValue::Utf8(None))).end()?,
-                    _ => argument.clone(),
-                };
-                exprs.push(argument.alias(&name));
+                exprs.push(argument.clone().alias(&name));
                 plan = LogicalPlan::Projection(Projection::try_new(exprs, Arc::new(plan))?);
                 Column::new_unqualified(name)
             }

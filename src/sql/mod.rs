@@ -15,7 +15,9 @@
 
 pub mod analyzer;
 mod call;
+mod errors;
 pub mod exec;
+mod files;
 pub mod functions;
 mod models;
 mod models_table;
@@ -23,6 +25,7 @@ pub mod node;
 pub mod optimizer;
 pub mod planner;
 mod settings;
+mod statements;
 mod worker;
 
 use std::sync::Arc;
@@ -33,8 +36,11 @@ use datafusion::execution::session_state::SessionStateBuilder;
 use datafusion::prelude::SessionContext;
 
 pub use call::ModelCall;
+pub use errors::to_error;
+pub use files::with_file_tables;
 pub use models::{ModelRegistry, RegistryOptions, SqlModel, SqlProgress};
 pub use settings::{OnError, SqlSettings};
+pub use statements::{parse_statements, query};
 
 use analyzer::HoistModelCalls;
 use models_table::ModelsTable;

@@ -1,0 +1,5 @@
+//! Models in SQL: values by sqllogictest files, what was computed for them by the operator's metrics.
+
+mod plans;
+mod scripts;
+mod support;
