@@ -14,10 +14,10 @@ use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
 use datafusion::common::{Column, ScalarValue, plan_err};
 use datafusion::config::ConfigOptions;
 use datafusion::error::Result;
-use datafusion::logical_expr::expr::{AggregateFunction, AggregateFunctionParams, Alias, ScalarFunction};
+use datafusion::logical_expr::expr::{AggregateFunction, AggregateFunctionParams, Alias, ScalarFunction, Sort};
 use datafusion::logical_expr::expr_rewriter::NamePreserver;
 use datafusion::logical_expr::{
-    Case, Distinct, Expr, ExprSchemable, Extension, LogicalPlan, Projection, SubqueryAlias, lit,
+    Case, Distinct, DistinctOn, Expr, ExprSchemable, Extension, Filter, LogicalPlan, Projection, SubqueryAlias, lit,
 };
 use datafusion::optimizer::AnalyzerRule;
 
@@ -170,7 +170,8 @@ impl Hoister {
                 Ok(Input { plan, available: input })
             }
             LogicalPlan::Projection(_) => self.rewrite_projection(plan),
-            LogicalPlan::Aggregate(_) | LogicalPlan::Distinct(Distinct::On(_)) | LogicalPlan::Repartition(_) => {
+            LogicalPlan::Distinct(Distinct::On(distinct)) => self.rewrite_distinct_on(distinct),
+            LogicalPlan::Aggregate(_) | LogicalPlan::Repartition(_) => {
                 let (plan, _) = self.rewrite_over_input(plan)?;
                 Ok(Input { plan, available: Available::new() })
             }
@@ -207,6 +208,27 @@ impl Hoister {
         let exprs = self.rewrite_expressions(exprs, &mut input)?;
         let exprs = exprs.into_iter().zip(saved).map(|(expr, name)| name.restore(expr)).collect();
         Ok((plan.with_new_exprs(exprs, vec![input.plan])?, input.available))
+    }
+
+    /// DISTINCT ON, whose parts cannot be replaced as those of other operators.
+    fn rewrite_distinct_on(&mut self, distinct: DistinctOn) -> Result<Input> {
+        let DistinctOn { on_expr, select_expr, sort_expr, input, .. } = distinct;
+        let mut input = self.rewrite(Arc::unwrap_or_clone(input))?;
+        let names = NamePreserver::new_for_projection();
+        let saved: Vec<_> = select_expr.iter().map(|expr| names.save(expr)).collect();
+        let on_expr = self.rewrite_expressions(on_expr, &mut input)?;
+        let select_expr = self.rewrite_expressions(select_expr, &mut input)?;
+        let select_expr = select_expr.into_iter().zip(saved).map(|(expr, name)| name.restore(expr)).collect();
+        let sort_expr = match sort_expr {
+            Some(sorts) => {
+                let exprs =
+                    self.rewrite_expressions(sorts.iter().map(|sort| sort.expr.clone()).collect(), &mut input)?;
+                Some(sorts.into_iter().zip(exprs).map(|(sort, expr)| Sort { expr, ..sort }).collect())
+            }
+            None => None,
+        };
+        let distinct = DistinctOn::try_new(on_expr, select_expr, sort_expr, Arc::new(input.plan))?;
+        Ok(Input { plan: LogicalPlan::Distinct(Distinct::On(distinct)), available: Available::new() })
     }
 
     /// Calls over columns that a projection keeps are kept with them.
@@ -399,6 +421,14 @@ impl Hoister {
         let number = self.next_number;
         self.next_number += 1;
         let mut plan = std::mem::take(&mut input.plan);
+        // Below a condition on the outer query's columns, which the optimizer makes a join of all rows.
+        let mut outer_conditions = Vec::new();
+        while let LogicalPlan::Filter(filter) = &plan
+            && filter.predicate.contains_outer()
+        {
+            outer_conditions.push(filter.predicate.clone());
+            plan = filter.input.as_ref().clone();
+        }
         // DataFusion computes arguments: they may hold whatever it can plan, subqueries among them.
         let column = match &argument {
             Expr::Column(column) => column.clone(),
@@ -412,7 +442,11 @@ impl Hoister {
         };
         let output = format!("__{}_{number}", call.function.name());
         let node = InferNode::try_new(plan, call.clone(), Expr::Column(column), output.clone(), false)?;
-        input.plan = LogicalPlan::Extension(Extension { node: Arc::new(node) });
+        let mut plan = LogicalPlan::Extension(Extension { node: Arc::new(node) });
+        while let Some(condition) = outer_conditions.pop() {
+            plan = LogicalPlan::Filter(Filter::try_new(condition, Arc::new(plan))?);
+        }
+        input.plan = plan;
         let output = Column::new_unqualified(output);
         input.available.insert((call, argument), output.clone());
         Ok(output)

@@ -10,7 +10,7 @@ pub fn to_error(error: DataFusionError) -> Error {
     let code = exit_code(&error);
     let message = match own(&error) {
         Some(own) => own.to_string(),
-        None => one_line(error.strip_backtrace()),
+        None => one_line(error.find_root().strip_backtrace()),
     };
     Error::Query { message, code }
 }
