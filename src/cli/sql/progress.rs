@@ -64,7 +64,7 @@ impl QueryProgress {
     /// Prints without a bar in between.
     pub fn suspend<T>(&self, print: impl FnOnce() -> T) -> T {
         match self.mode {
-            ProgressMode::Bar => self.bar.suspend(print),
+            ProgressMode::Bar if !self.bar.message().is_empty() => self.bar.suspend(print),
             _ => print(),
         }
     }
@@ -103,7 +103,9 @@ fn watch(mode: ProgressMode, counters: &SqlProgress, bar: &ProgressBar, done: &A
             _ => eprintln!("{line}"),
         }
     }
-    if mode == ProgressMode::Bar {
+    // A bar that has shown nothing leaves the terminal alone.
+    if mode == ProgressMode::Bar && !bar.message().is_empty() {
+        bar.set_message("");
         bar.finish_and_clear();
         bar.reset();
     }
