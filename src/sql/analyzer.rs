@@ -6,6 +6,8 @@
 //! brings back the schema that the query has. Calls that a row may not need are hoisted with their guard:
 //! `CASE WHEN guard THEN ai_generate(text) END` computes `CASE WHEN guard THEN text END`, and a null costs nothing.
 
+#![expect(clippy::mutable_key_type, reason = "a call is keyed by its names; what a model has loaded is not hashed")]
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
