@@ -96,6 +96,10 @@ pub enum Error {
     #[error("{errors} row(s) failed, {allowed} allowed; first: row {row} of {path}: {message}")]
     TooManyRowErrors { errors: u64, allowed: u64, path: PathBuf, row: u64, message: String },
 
+    /// A row of a query failed, and the session wants the query to fail with it.
+    #[error("{function}: a row failed: {message}; with SET mistral.on_error = 'null' its result is null instead")]
+    RowFailed { function: &'static str, message: String },
+
     /// The device that was asked for cannot be used.
     #[error("device {device}: {message}")]
     Device { device: String, message: String },
@@ -124,6 +128,10 @@ pub enum Error {
     #[error("stopped by {}; run the same command with --resume to go on", if *.signal == SIGTERM { "SIGTERM" } else { "SIGINT" })]
     Stopped { signal: i32 },
 
+    /// A statement failed, or was cancelled.
+    #[error("{message}")]
+    Query { message: String, code: ExitCode },
+
     /// Something that should not happen did.
     #[error("internal error: {0}; please report it with the command that led here")]
     Internal(String),
@@ -145,9 +153,11 @@ impl Error {
             Error::InputCorrupt { .. }
             | Error::SchemaDrift { .. }
             | Error::InputChanged { .. }
-            | Error::TooManyRowErrors { .. } => ExitCode::InputData,
+            | Error::TooManyRowErrors { .. }
+            | Error::RowFailed { .. } => ExitCode::InputData,
             Error::NoInput { .. } => ExitCode::NoInput,
             Error::Device { .. } => ExitCode::Unavailable,
+            Error::Query { code, .. } => *code,
             Error::Internal(_) => ExitCode::Internal,
             Error::CannotCreate { .. } => ExitCode::CannotCreate,
             Error::Io { .. } => ExitCode::Io,

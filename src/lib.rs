@@ -21,7 +21,7 @@
 //!
 //! # Floors
 //!
-//! Modules import strictly downwards: error · batch, kernels · data, text, model · heads · generation · engine · job · cli.
+//! Modules import strictly downwards: error · batch, kernels · data, text, model · heads · generation · engine · job, sql · cli.
 
 pub mod batch;
 pub mod cli;
@@ -33,6 +33,7 @@ pub mod heads;
 pub mod job;
 pub mod kernels;
 pub mod model;
+pub mod sql;
 pub mod text;
 
 pub use error::{Error, ExitCode, Result};

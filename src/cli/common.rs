@@ -175,12 +175,7 @@ impl CommonArgs {
         match self.dtype {
             DtypeArg::Auto | DtypeArg::F32 => {}
         }
-        if let Some(threads) = self.threads {
-            rayon::ThreadPoolBuilder::new()
-                .num_threads(threads as usize)
-                .build_global()
-                .map_err(|error| Error::Usage(format!("--threads {threads}: {error}")))?;
-        }
+        set_threads(self.threads)?;
         let report_path = self.report.clone();
         let (progress, quiet, verbose) = (self.progress, self.quiet, self.verbose);
         let spec = self.into_spec(command);
@@ -244,7 +239,19 @@ impl CommonArgs {
     }
 }
 
-fn check_device(device: &str) -> Result<()> {
+/// Sizes the pool of threads that compute.
+///
+/// # Errors
+/// [`Error::Usage`] when the system does not give as many.
+pub(super) fn set_threads(threads: Option<u64>) -> Result<()> {
+    let Some(threads) = threads else { return Ok(()) };
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads as usize)
+        .build_global()
+        .map_err(|error| Error::Usage(format!("--threads {threads}: {error}")))
+}
+
+pub(super) fn check_device(device: &str) -> Result<()> {
     match device {
         "auto" | "cpu" => Ok(()),
         cuda if cuda.starts_with("cuda") => Err(Error::Device {

@@ -8,6 +8,7 @@ mod generate;
 mod inspect;
 mod progress;
 mod score;
+mod sql;
 mod tag;
 mod values;
 
@@ -38,6 +39,7 @@ enum Command {
     Generate(Box<generate::GenerateArgs>),
     #[command(visible_alias = "token-classify")]
     Tag(Box<tag::TagArgs>),
+    Sql(Box<sql::SqlArgs>),
     Inspect(inspect::InspectArgs),
     Completions(completions::CompletionsArgs),
 }
@@ -49,6 +51,7 @@ Examples:
   mistral-batch embed -i docs.parquet --model org/embedder --pooling mean --normalize -o vectors
   mistral-batch score -i essays.parquet --model org/mistral --logprobs -o likelihoods
   mistral-batch tag -i letters.parquet --model ./pii-tagger --aggregation first -o found.jsonl
+  mistral-batch sql --model t=./ticket-classifier -c \"SELECT ai_classify(text).label FROM 'tickets.parquet'\"
   mistral-batch inspect ./ticket-classifier
 
 Every long flag of a command can be given as an environment variable, --max-length as MISTRAL_BATCH_MAX_LENGTH.
@@ -120,6 +123,7 @@ impl Cli {
             Command::Score(args) => args.run(),
             Command::Generate(args) => args.run(),
             Command::Tag(args) => args.run(),
+            Command::Sql(args) => args.run(),
             Command::Inspect(args) => args.run(),
             Command::Completions(args) => args.run(),
         }

@@ -262,8 +262,11 @@ fn plain_type(data_type: &DataType) -> DataType {
     }
 }
 
-/// Writes the rows of a batch as CSV records.
-fn write_csv<W: Write>(writer: &mut csv::Writer<W>, batch: &RecordBatch, path: &Path) -> Result<()> {
+/// Writes the rows of a batch as CSV records; nested values are JSON text.
+///
+/// # Errors
+/// When a row cannot be written, to `path`.
+pub fn write_csv<W: Write>(writer: &mut csv::Writer<W>, batch: &RecordBatch, path: &Path) -> Result<()> {
     let schema = batch.schema();
     let columns: Vec<ArrayRef> = schema
         .fields()

@@ -25,7 +25,7 @@ const MAX_ROWS_IN_FLIGHT: usize = 16_384;
 
 /// A causal language model with what every row's completion is asked for.
 pub struct Generator {
-    model: CausalLm,
+    model: Arc<CausalLm>,
     params: Arc<SamplingParams>,
     /// Completions of each row.
     samples: u32,
@@ -103,13 +103,20 @@ pub fn generate_fields(samples: u32, logprobs: bool) -> Vec<Field> {
 
 impl Generator {
     /// A generator of `samples` completions a row.
-    pub fn new(model: CausalLm, params: SamplingParams, samples: u32, limits: SchedulerLimits) -> Self {
-        Self { model, params: Arc::new(params), samples, limits, batching: Batching::default() }
+    ///
+    /// The model may be shared with other generators.
+    pub fn new(model: impl Into<Arc<CausalLm>>, params: SamplingParams, samples: u32, limits: SchedulerLimits) -> Self {
+        Self { model: model.into(), params: Arc::new(params), samples, limits, batching: Batching::default() }
     }
 
     /// The same, batched in another way.
     pub fn with_batching(self, batching: Batching) -> Self {
         Self { batching, ..self }
+    }
+
+    /// The columns of its completions, in order.
+    pub fn fields(&self) -> Vec<Field> {
+        generate_fields(self.samples, self.params.logprobs)
     }
 
     /// Begins to generate; `T` is what a caller wants back with each window's results.
