@@ -2,11 +2,11 @@
 //! function that runs the model on each record batch: `cargo bench --bench sql -- MODEL DATA [ROUNDS [COPIES]]`.
 //!
 //! DATA is a Parquet file with a column `text`, read COPIES times in a row. All three run in turn in each of ROUNDS, so that
-//! a busy machine is busy for all of them; the model is loaded before. The ratios are of the medians.
+//! a busy machine is busy for all of them; the model is loaded before. A ratio is the median of the rounds' ratios.
 
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
 use arrow::compute::{cast, concat_batches};
@@ -19,12 +19,17 @@ use datafusion::logical_expr::{
     ColumnarValue, ScalarFunctionArgs, ScalarUDFImpl, Signature, TypeSignature, Volatility,
 };
 use datafusion::prelude::{SessionConfig, SessionContext};
+use mimalloc::MiMalloc;
 use mistral_batch::batch::Padding;
 use mistral_batch::engine::{BatchObserver, Engine};
 use mistral_batch::heads::{ClassifyOptions, SequenceClassification};
 use mistral_batch::model::{Checkpoint, MistralModel};
 use mistral_batch::sql::{self, ModelRegistry, RegistryOptions};
 use mistral_batch::text::{Overflow, Prompt, TextTokenizer};
+
+/// As in the program.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 /// Rows of a window in the command and in SQL.
 const WINDOW_ROWS: usize = 4096;
@@ -122,9 +127,9 @@ async fn rows(context: &SessionContext, query: &str) -> Result<RecordBatch> {
     Ok(concat_batches(&schema, &frame.collect().await?)?)
 }
 
-fn median(times: &mut [Duration]) -> f64 {
-    times.sort_unstable();
-    times[times.len() / 2].as_secs_f64()
+fn median(mut numbers: Vec<f64>) -> f64 {
+    numbers.sort_unstable_by(f64::total_cmp);
+    numbers[numbers.len() / 2]
 }
 
 #[tokio::main]
@@ -166,28 +171,28 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         assert_eq!(answer.column(0).as_ref() as &dyn Array, labels.as_ref(), "the same labels: {query}");
     }
 
-    let mut times = [const { Vec::new() }; 3];
+    // By round: seconds of each of the three.
+    let mut times: Vec<[f64; 3]> = Vec::new();
     for _ in 0..rounds {
         let start = Instant::now();
         classify(&engine, &texts)?;
-        times[0].push(start.elapsed());
+        let mut seconds = [start.elapsed().as_secs_f64(), 0.0, 0.0];
         for (place, query) in [(1, in_sql), (2, naively)] {
             let start = Instant::now();
             let answer = rows(&context, query).await?;
-            times[place].push(start.elapsed());
+            seconds[place] = start.elapsed().as_secs_f64();
             assert_eq!(answer.num_rows(), texts.len());
         }
+        times.push(seconds);
     }
-    let seconds = times.each_mut().map(|times| median(times));
-    let seconds_of_classify = seconds[0];
     println!("{} rows, {tokens} tokens, medians of {rounds} rounds", texts.len());
-    for (what, seconds) in
-        ["classify, window by window", "SELECT ai_classify", "naive asynchronous function"].iter().zip(seconds)
+    for (place, what) in
+        ["classify, window by window", "SELECT ai_classify", "naive asynchronous function"].iter().enumerate()
     {
         println!(
             "{what:<28} {:>9.0} tokens/s  {:.3} of classify",
-            tokens as f64 / seconds,
-            seconds_of_classify / seconds
+            tokens as f64 / median(times.iter().map(|seconds| seconds[place]).collect()),
+            median(times.iter().map(|seconds| seconds[0] / seconds[place]).collect())
         );
     }
     Ok(())
