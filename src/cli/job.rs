@@ -7,13 +7,16 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::progress::Display;
 use crate::error::{Error, Result, SIGINT, SIGTERM};
-use crate::job::{self, Job, RunControl, RunReport};
+use crate::job::{self, Job, JobSpec, MessageSettings, RunControl, RunReport};
 
 /// Runs `job`, showing its progress and handling signals.
 pub fn run(job: Job) -> Result<()> {
-    let Job { spec, device, threads, dry_run: _, messages } = job;
+    let Job { spec, device, threads, dry_run, messages } = job;
     check_device(&device)?;
     use_threads(threads)?;
+    if dry_run {
+        return check(&spec, &messages);
+    }
     let control = Arc::new(RunControl::default());
     let display = Display::start(&messages, control.clone());
 
@@ -35,6 +38,22 @@ pub fn run(job: Job) -> Result<()> {
         write_report(path, &report)?;
     }
     result.map(|_| ())
+}
+
+/// Tells what the job would do, on standard output; `--report` has it as JSON, or why it was refused.
+fn check(spec: &JobSpec, messages: &MessageSettings) -> Result<()> {
+    let checked = job::check(spec);
+    if let Some(path) = &messages.report {
+        match &checked {
+            Ok(report) => write_report(path, report)?,
+            Err(error) => write_report(path, &RunReport::failed(spec, error))?,
+        }
+    }
+    let report = checked?;
+    if messages.quiet {
+        return Ok(());
+    }
+    super::print(&(report.lines().join("\n") + "\n"))
 }
 
 fn use_threads(threads: Option<u64>) -> Result<()> {

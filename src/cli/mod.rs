@@ -5,6 +5,7 @@ mod inspect;
 mod job;
 mod progress;
 mod run;
+mod schemas;
 
 use std::any::Any;
 use std::ffi::OsString;
@@ -31,6 +32,9 @@ enum Command {
     #[command(flatten)]
     Job(JobSettings),
     Run(run::RunArgs),
+    Check(run::CheckArgs),
+    #[command(hide = true)]
+    Schemas(schemas::SchemasArgs),
     Inspect(inspect::InspectArgs),
     Completions(completions::CompletionsArgs),
 }
@@ -110,6 +114,8 @@ impl Cli {
         match self.command {
             Command::Job(settings) => job::run(settings.into_job()),
             Command::Run(args) => args.run(),
+            Command::Check(args) => args.run(),
+            Command::Schemas(args) => args.run(),
             Command::Inspect(args) => args.run(),
             Command::Completions(args) => args.run(),
         }

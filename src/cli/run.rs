@@ -1,4 +1,4 @@
-//! `mistral-batch run`.
+//! `mistral-batch run` and `mistral-batch check`.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -76,6 +76,29 @@ impl RunArgs {
         }
         job.dry_run |= self.dry_run;
         job.messages = self.messages.or(job.messages);
+        job::run(job)
+    }
+}
+
+/// Check a job file: its settings, data and checkpoint, and what it would do.
+///
+/// Tokenizes a sample of rows and tells lengths, batches, padding, memory and time; loads no weights and writes nothing
+/// but --report. Exits as the run would that is refused.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    #[command(flatten)]
+    file: JobFileArgs,
+
+    #[command(flatten)]
+    messages: MessageSettings,
+}
+
+impl CheckArgs {
+    pub fn run(self) -> Result<()> {
+        let mut job = self.file.read()?;
+        job.dry_run = true;
+        // The file's own report is of its run.
+        job.messages = self.messages;
         job::run(job)
     }
 }

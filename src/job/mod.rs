@@ -1,5 +1,6 @@
 //! A job: what to run over which data, planned, run, and reported.
 
+mod check;
 mod command;
 mod control;
 mod generation;
@@ -9,17 +10,19 @@ mod plan;
 mod prompts;
 mod report;
 mod runner;
+pub mod schema;
 pub mod settings;
 mod spec;
 mod truth;
 mod variables;
 
+pub use check::{CheckReport, check};
 pub use command::{CommandSpec, ContinuationColumns, DEFAULT_STRIDE, ScoreOptions};
 pub use control::{Counters, RunControl};
 pub use generation::{DEFAULT_KV_CACHE_BYTES, GenerateOptions};
 pub use job_file::JobFile;
 pub use report::{RunDetails, RunReport, UnitCounts};
 pub use runner::run;
-pub use settings::{Job, JobSettings, LogFormat, MessageSettings, ProgressMode};
+pub use settings::{Job, JobSettings, MessageSettings, ProgressMode};
 pub use spec::{DEFAULT_MAX_BATCH_TOKENS, JobSpec, PromptSpec};
 pub use variables::Variables;

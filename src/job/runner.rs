@@ -26,9 +26,9 @@ pub async fn run(spec: JobSpec, control: Arc<RunControl>) -> Result<RunReport> {
     let spec = Arc::new(spec);
     let checked = {
         let spec = spec.clone();
-        join(spawn_blocking(move || CheckedJob::new(&spec))).await?
+        join(spawn_blocking(move || unfinished(&spec))).await?
     };
-    let Some(CheckedJob { checkpoint, tokenizer, plan, target }) = checked else {
+    let Some(PlannedJob { checkpoint, tokenizer, plan, target, .. }) = checked else {
         return Ok(RunReport::new(&spec, "nothing_to_do", None));
     };
     for line in plan.describe(&checkpoint, &spec) {
@@ -89,27 +89,35 @@ pub async fn run(spec: JobSpec, control: Arc<RunControl>) -> Result<RunReport> {
 }
 
 /// A job that was checked and planned, before a weight is read or the output is touched.
-struct CheckedJob {
-    checkpoint: Checkpoint,
-    tokenizer: TextTokenizer,
-    plan: Arc<JobPlan>,
-    target: OutputTarget,
+pub(super) struct PlannedJob {
+    pub checkpoint: Checkpoint,
+    pub tokenizer: TextTokenizer,
+    pub plan: Arc<JobPlan>,
+    pub target: OutputTarget,
+    /// Tokens of a text at most.
+    pub max_length: usize,
 }
 
-impl CheckedJob {
-    /// Everything that can be told to be wrong so cheaply is; `None` when the output is finished already.
-    fn new(spec: &JobSpec) -> Result<Option<Self>> {
+impl PlannedJob {
+    /// Everything about the job that can be told to be wrong so cheaply is; the output is not looked at.
+    ///
+    /// # Errors
+    /// As [`JobPlan::new`], and when the checkpoint cannot be opened.
+    pub fn new(spec: &JobSpec) -> Result<Self> {
         let checkpoint = Checkpoint::open(&spec.model)?;
         let tokenizer = TextTokenizer::open(&checkpoint.dir, checkpoint.config.vocab_size)?;
         let max_length = max_length(spec, &checkpoint, &tokenizer)?;
         let tokenizer = spec.command.tokenizer(spec, &checkpoint, tokenizer, max_length)?;
-        let plan = JobPlan::new(spec, &checkpoint, &tokenizer, max_length)?;
-        let target = OutputTarget::new(&spec.output);
-        if Sink::look(&target, &plan.output_schema, &plan.file, spec.on_existing)?.is_some() {
-            return Ok(None);
-        }
-        Ok(Some(Self { checkpoint, tokenizer, plan: Arc::new(plan), target }))
+        let plan = Arc::new(JobPlan::new(spec, &checkpoint, &tokenizer, max_length)?);
+        Ok(Self { checkpoint, tokenizer, plan, target: OutputTarget::new(&spec.output), max_length })
     }
+}
+
+/// The planned job; `None` when its output is finished already.
+fn unfinished(spec: &JobSpec) -> Result<Option<PlannedJob>> {
+    let job = PlannedJob::new(spec)?;
+    let finished = Sink::look(&job.target, &job.plan.output_schema, &job.plan.file, spec.on_existing)?;
+    Ok(finished.is_none().then_some(job))
 }
 
 /// The limit of a text in tokens: what was asked for, else the smaller of the tokenizer's and the model's.

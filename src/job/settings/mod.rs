@@ -20,7 +20,7 @@ use super::spec::JobSpec;
 pub use classify::ClassifySettings;
 pub use embed::EmbedSettings;
 pub use generate::GenerateSettings;
-pub use messages::{LogFormat, MessageSettings, ProgressMode};
+pub use messages::{MessageSettings, ProgressMode};
 pub use score::ScoreSettings;
 pub use tag::TagSettings;
 

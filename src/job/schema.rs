@@ -1,0 +1,193 @@
+//! JSON Schemas of job files, and each command's output columns: made of the types that the program works with.
+
+use std::collections::BTreeMap;
+
+use arrow::datatypes::Field;
+use clap::Arg;
+use schemars::{JsonSchema, SchemaGenerator, generate::SchemaSettings};
+use serde_json::{Map, Value, json};
+
+use super::job_file::{find_arg, keys};
+use super::settings::{ClassifySettings, EmbedSettings, GenerateSettings, ScoreSettings, TagSettings, job_command};
+use crate::engine::{common_fields, generate_fields};
+use crate::heads::{ClassifyOptions, Embedding, Score, SequenceClassification, TaskKind, TokenClassification, TopK};
+
+/// Every generated file by its path below the folder of schemas; a new kind of file joins here.
+pub fn files() -> BTreeMap<String, Value> {
+    let mut files = BTreeMap::from([("job.schema.json".to_owned(), job_schema())]);
+    for (command, schema) in output_schemas() {
+        files.insert(format!("outputs/{command}.json"), schema);
+    }
+    files
+}
+
+/// The schema of a job file: one alternative a command.
+pub fn job_schema() -> Value {
+    let commands = [
+        ("classify", properties::<ClassifySettings>()),
+        ("embed", properties::<EmbedSettings>()),
+        ("generate", properties::<GenerateSettings>()),
+        ("score", properties::<ScoreSettings>()),
+        ("tag", properties::<TagSettings>()),
+    ];
+    let parser = job_command();
+    let alternatives: Vec<Value> = commands
+        .into_iter()
+        .filter_map(|(name, properties)| Some(command_schema(parser.find_subcommand(name)?, properties)))
+        .collect();
+    json!({
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "mistral-batch job file",
+        "description": "The settings of one command. ${name} and ${name:-default} in texts come from --set and the environment.",
+        "type": "object",
+        "oneOf": alternatives,
+    })
+}
+
+/// The fields of `T` by key, as their types and doc comments describe them.
+fn properties<T: JsonSchema>() -> Map<String, Value> {
+    let settings = SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true);
+    let schema = SchemaGenerator::new(settings).into_root_schema_for::<T>();
+    schema.get("properties").and_then(Value::as_object).cloned().unwrap_or_default()
+}
+
+/// A command's alternative: the fields' types, with what the flags' parser knows of defaults and of what is required.
+fn command_schema(command: &clap::Command, types: Map<String, Value>) -> Value {
+    let mut properties = Map::new();
+    properties
+        .insert("command".to_owned(), json!({ "const": command.get_name(), "description": "The command to run" }));
+    let mut required = vec!["command".to_owned()];
+    for key in keys(command) {
+        let Some(mut schema) = types.get(&key).cloned() else { continue };
+        if let Some(arg) = find_arg(command, &key) {
+            if arg.is_required_set() {
+                required.push(key.clone());
+            }
+            if let (Some(default), Some(object)) = (default_of(arg, &schema), schema.as_object_mut()) {
+                object.insert("default".to_owned(), default);
+            }
+        }
+        admit_variables(&mut schema);
+        properties.insert(key, schema);
+    }
+    json!({
+        "title": command.get_name(),
+        "description": command.get_about().map(ToString::to_string),
+        "type": "object",
+        "properties": properties,
+        "required": required,
+        "additionalProperties": false,
+    })
+}
+
+fn default_of(arg: &Arg, schema: &Value) -> Option<Value> {
+    let text = arg.get_default_values().first()?.to_str()?;
+    let is_text = schema["type"] == "string" || schema["type"] == "array" || schema.get("oneOf").is_some();
+    let value = if is_text { json!(text) } else { serde_json::from_str(text).unwrap_or_else(|_| json!(text)) };
+    Some(if schema["type"] == "array" { json!([value]) } else { value })
+}
+
+/// Numbers and switches may be a variable, which stands in a text.
+fn admit_variables(schema: &mut Value) {
+    let Some(object) = schema.as_object_mut() else { return };
+    let types: Vec<&str> = match object.get("type") {
+        Some(Value::String(name)) => vec![name],
+        Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).collect(),
+        _ => return,
+    };
+    // TOML has no null: a key that is not there is how a setting is left out.
+    let mut types: Vec<String> = types.into_iter().filter(|name| *name != "null").map(str::to_owned).collect();
+    if types.iter().any(|name| matches!(name.as_str(), "integer" | "number" | "boolean")) {
+        types.push("string".to_owned());
+        object.insert("pattern".to_owned(), json!("\\$\\{"));
+    }
+    let value = if types.len() == 1 { json!(types[0]) } else { json!(types) };
+    object.insert("type".to_owned(), value);
+}
+
+/// The columns that each command appends, in order, by what shapes them.
+fn output_schemas() -> Vec<(&'static str, Value)> {
+    let plain = ClassifyOptions::default();
+    let listed = ClassifyOptions { top_k: Some(TopK::All), ..ClassifyOptions::default() };
+    let classify = |task, options| SequenceClassification::fields_of(task, options);
+    vec![
+        (
+            "classify",
+            outputs(&[
+                ("a single-label checkpoint", classify(TaskKind::SingleLabel, &plain)),
+                ("a single-label checkpoint with --top-k", classify(TaskKind::SingleLabel, &listed)),
+                ("a multi-label checkpoint", classify(TaskKind::MultiLabel, &plain)),
+                ("a multi-label checkpoint with --top-k", classify(TaskKind::MultiLabel, &listed)),
+                ("a regression checkpoint", classify(TaskKind::Regression, &plain)),
+            ]),
+        ),
+        (
+            "embed",
+            outputs(&[("a hidden size of 4096; the list is as long as the checkpoint's", Embedding::fields_of(4096))]),
+        ),
+        (
+            "generate",
+            outputs(&[
+                ("one completion a row", generate_fields(1, false)),
+                ("--n over 1", generate_fields(2, false)),
+                ("--logprobs", generate_fields(1, true)),
+            ]),
+        ),
+        ("score", outputs(&[("no flag", Score::fields_of(false)), ("--logprobs", Score::fields_of(true))])),
+        ("tag", outputs(&[("every checkpoint", TokenClassification::fields_of())])),
+    ]
+}
+
+fn outputs(variants: &[(&str, Vec<Field>)]) -> Value {
+    let describe = |field: &Field| json!({ "name": field.name(), "type": field.data_type().to_string(), "nullable": field.is_nullable() });
+    let variants: Vec<Value> = variants
+        .iter()
+        .map(|(when, fields)| {
+            let fields: Vec<Value> = fields.iter().chain(&common_fields()).map(describe).collect();
+            json!({ "when": when, "fields": fields })
+        })
+        .collect();
+    json!({ "description": "Arrow columns appended to the input's", "variants": variants })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    #[test]
+    fn flags_and_the_schema_have_the_same_keys() {
+        let schema = job_schema();
+        let alternatives = schema["oneOf"].as_array().unwrap();
+        let parser = job_command();
+        let commands: Vec<_> = parser.get_subcommands().collect();
+        assert_eq!(alternatives.len(), commands.len());
+        for command in commands {
+            let alternative = alternatives.iter().find(|a| a["title"] == command.get_name()).unwrap();
+            let described: BTreeSet<String> =
+                alternative["properties"].as_object().unwrap().keys().filter(|k| *k != "command").cloned().collect();
+            assert_eq!(described, keys(command).collect(), "{}", command.get_name());
+            for (key, property) in alternative["properties"].as_object().unwrap() {
+                assert!(property["description"].is_string(), "{key} has no description: {property}");
+            }
+        }
+        let fields = properties::<ClassifySettings>();
+        let classify = parser.find_subcommand("classify").unwrap();
+        assert_eq!(
+            fields.keys().cloned().collect::<BTreeSet<_>>(),
+            keys(classify).collect(),
+            "no field without a flag"
+        );
+    }
+
+    #[test]
+    fn the_committed_schemas_are_those_of_this_code() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("schemas");
+        for (name, schema) in files() {
+            let text = std::fs::read_to_string(folder.join(&name)).unwrap_or_default();
+            let committed: Value = serde_json::from_str(&text).unwrap_or_default();
+            assert_eq!(committed, schema, "{name} is stale: run mistral-batch schemas --write schemas");
+        }
+    }
+}
