@@ -5,6 +5,7 @@ mod formats;
 mod generate;
 mod goldens;
 mod heads;
+mod job_files;
 mod jobs;
 mod kills;
 mod prompts;
