@@ -1,12 +1,14 @@
-//! New tokens a second of in-flight greedy generation: `cargo bench --bench generate -- MODEL [PROMPTS [TOKENS [ROWS]]]`.
+//! New tokens a second of greedy generation: `cargo bench --bench generate -- MODEL [PROMPTS [TOKENS [ROWS]]]`.
 //!
-//! 16 prompts of about 100 tokens and 64 new tokens each, unless told otherwise; ROWS sequences are live at a time.
+//! 16 prompts of about 100 tokens and 64 new tokens each, unless told otherwise; ROWS sequences are live at a time. Then
+//! four times as many prompts with a quarter, a half, three quarters or all of the new tokens each, in flight and in static
+//! left-padded batches.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::Device;
-use mistral_batch::generation::{CausalLm, Request, SamplingParams, Scheduler, SchedulerLimits};
+use mistral_batch::generation::{CausalLm, Request, SamplingParams, Scheduler, SchedulerLimits, StaticBatches};
 use mistral_batch::model::Checkpoint;
 use mistral_batch::text::TextTokenizer;
 use mistral_batch::{Error, Result};
@@ -29,13 +31,16 @@ fn main() -> Result<()> {
     let model = CausalLm::load(&checkpoint, &Device::Cpu)?;
     println!("loaded in {:.2} s", start.elapsed().as_secs_f64());
 
-    let params = Arc::new(SamplingParams { max_tokens: new_tokens, ..SamplingParams::default() });
-    let mut scheduler = Scheduler::new(&model, &tokenizer, limits);
     let vocab_size = checkpoint.config.vocab_size;
-    for row in 0..prompts {
+    let request = |row: usize, max_tokens: usize| {
         let prompt_ids = (0..60 + row * 37 % 80).map(|i| ((row * 7919 + i * 104_729) % vocab_size) as u32).collect();
-        let request = Request { row, sample: 0, random_key: row as u64, prompt_ids, params: Arc::clone(&params) };
-        scheduler.push(request).map_err(Error::Usage)?;
+        let params = Arc::new(SamplingParams { max_tokens, ..SamplingParams::default() });
+        Request { row, samples: 0..1, random_key: row as u64, prompt_ids, params }
+    };
+
+    let mut scheduler = Scheduler::new(&model, &tokenizer, limits);
+    for row in 0..prompts {
+        scheduler.push(request(row, new_tokens)).map_err(Error::Usage)?;
     }
     let start = Instant::now();
     let (mut decode_seconds, mut decode_tokens) = (0.0, 0);
@@ -61,6 +66,37 @@ fn main() -> Result<()> {
         stats.completion_tokens as f64 / seconds,
         decode_tokens as f64 / decode_seconds,
         stats.prompt_tokens as f64 / (seconds - decode_seconds)
+    );
+
+    let mixed = || (0..4 * prompts).map(|row| request(row, (new_tokens * (1 + row % 4) / 4).max(1)));
+    let mut scheduler = Scheduler::new(&model, &tokenizer, limits);
+    for request in mixed() {
+        scheduler.push(request).map_err(Error::Usage)?;
+    }
+    let start = Instant::now();
+    while !scheduler.is_idle() {
+        scheduler.step()?;
+    }
+    let (in_flight, stats) = (start.elapsed().as_secs_f64(), scheduler.stats());
+    let mut batches = StaticBatches::new(&model, &tokenizer, limits);
+    for request in mixed() {
+        batches.push(request).map_err(Error::Usage)?;
+    }
+    let start = Instant::now();
+    while !batches.is_idle() {
+        batches.step()?;
+    }
+    let (static_seconds, static_stats) = (start.elapsed().as_secs_f64(), batches.stats());
+    println!(
+        "{} prompts of mixed lengths: {:.0} new tokens/s in {} steps in flight, {:.0} in {} steps in static batches \
+         ({:.0}% padding), ratio {:.2}",
+        4 * prompts,
+        stats.completion_tokens as f64 / in_flight,
+        stats.steps,
+        static_stats.completion_tokens as f64 / static_seconds,
+        static_stats.steps,
+        batches.padding().waste_percent(),
+        static_seconds / in_flight
     );
     Ok(())
 }

@@ -7,12 +7,15 @@ use candle_core::{Device, Tensor};
 use mistral_batch::batch::{LeftPaddedBatch, PackedBatch, Sequence};
 use mistral_batch::generation::{
     CausalLm, Completion, FinishReason, Generated, GenerationDefaults, Request, SamplingParams, Scheduler,
-    SchedulerLimits,
+    SchedulerLimits, StaticBatches,
 };
 use mistral_batch::model::{Checkpoint, KvCache, MistralModel, WeightLayout, reference};
 use mistral_batch::text::TextTokenizer;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::Value;
+
+#[path = "generation/constraint.rs"]
+mod constraint;
 
 fn checkpoint(name: &str) -> Checkpoint {
     Checkpoint::open(&format!("{}/tests/goldens/checkpoints/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
@@ -140,7 +143,19 @@ impl Lm {
         while !scheduler.is_idle() {
             completions.extend(scheduler.step().unwrap());
         }
-        assert_eq!(completions.len(), requests.len());
+        assert_eq!(completions.len(), requests.iter().map(|request| request.samples.len()).sum::<usize>());
+        completions.sort_by_key(|completion| (completion.row, completion.sample));
+        completions.into_iter().map(|completion| completion.result.unwrap()).collect()
+    }
+
+    /// The same in static batches.
+    fn generate_static(&self, requests: &[Request], limits: SchedulerLimits) -> Vec<Generated> {
+        let mut batches = StaticBatches::new(&self.model, &self.tokenizer, limits);
+        requests.iter().for_each(|request| batches.push(request.clone()).unwrap());
+        let mut completions: Vec<Completion> = Vec::new();
+        while !batches.is_idle() {
+            completions.extend(batches.step().unwrap());
+        }
         completions.sort_by_key(|completion| (completion.row, completion.sample));
         completions.into_iter().map(|completion| completion.result.unwrap()).collect()
     }
@@ -158,7 +173,7 @@ fn requests(prompts: &[Vec<u32>], params: SamplingParams) -> Vec<Request> {
     prompts
         .map(|(row, prompt_ids)| Request {
             row,
-            sample: 0,
+            samples: 0..1,
             random_key: row as u64,
             prompt_ids,
             params: Arc::clone(&params),
@@ -269,6 +284,16 @@ fn in_flight_equals_one_by_one_equals_static() {
         };
         for limits in [ROOMY, tight, SchedulerLimits { max_rows: 3, ..ROOMY }] {
             assert_eq!(lm.generate(&requests, limits), alone, "{name}, {limits:?}");
+            // Other arithmetic, token for token the same.
+            for (row, (plain, alone)) in lm.generate_static(&requests, limits).iter().zip(&alone).enumerate() {
+                assert_eq!(
+                    (&plain.token_ids, &plain.text),
+                    (&alone.token_ids, &alone.text),
+                    "{name}, row {row}, {limits:?}"
+                );
+                assert_eq!((plain.finish_reason, plain.prompt_tokens), (alone.finish_reason, alone.prompt_tokens));
+                assert!(largest_difference(&plain.logprobs, &alone.logprobs) < 1e-4, "{name}, row {row}");
+            }
         }
 
         let greedy: Vec<_> = (0..18).filter(|i| i % 3 != 0).collect();
@@ -306,6 +331,44 @@ fn logprobs_equal_those_of_transformers() {
     }
 }
 
+/// Samples of a prompt that is computed once are those of a prompt computed for each.
+#[test]
+fn samples_of_one_prompt_are_those_of_a_prompt_each() {
+    for name in GOLDENS {
+        let lm = Lm::golden(name);
+        let vocab_size = lm.checkpoint.config.vocab_size;
+        let prompts: Vec<_> = (0..9).map(|i| tokens(i, 1 + (i as usize * 23) % 90, vocab_size)).collect();
+        let params = SamplingParams { max_tokens: 17, temperature: 1.0, logprobs: true, ..SamplingParams::default() };
+        let mut together = requests(&prompts, params);
+        let mut apart = Vec::new();
+        for (i, request) in together.iter_mut().enumerate() {
+            Arc::make_mut(&mut request.params).max_tokens = 1 + i * 5 % 17;
+            request.samples = 0..1 + i as u32 % 5;
+            apart.extend(request.samples.clone().map(|k| Request { samples: k..k + 1, ..request.clone() }));
+        }
+        let expected = lm.one_by_one(&apart);
+        let bytes = KvCache::bytes(&lm.checkpoint.config, 110);
+        for (max_rows, caches) in [(64, 1000), (1, 1000), (3, 1000), (64, 3), (64, 2), (64, 1)] {
+            let limits = SchedulerLimits { max_rows, kv_cache_bytes: caches * bytes, prefill_tokens: 200 };
+            let mut scheduler = Scheduler::new(&lm.model, &lm.tokenizer, limits);
+            together.iter().for_each(|request| scheduler.push(request.clone()).unwrap());
+            let mut completions: Vec<Completion> = Vec::new();
+            while !scheduler.is_idle() {
+                completions.extend(scheduler.step().unwrap());
+                assert!(scheduler.live() <= max_rows);
+            }
+            completions.sort_by_key(|completion| (completion.row, completion.sample));
+            let got: Vec<_> = completions.into_iter().map(|completion| completion.result.unwrap()).collect();
+            assert_eq!(got, expected, "{name}, {max_rows} rows, {caches} caches");
+            assert!(scheduler.stats().peak_kv_cache_bytes <= limits.kv_cache_bytes);
+            if caches >= 2 {
+                let computed: usize = prompts.iter().map(Vec::len).sum();
+                assert_eq!(scheduler.stats().prompt_tokens as usize, computed, "each prompt once");
+            }
+        }
+    }
+}
+
 #[test]
 fn the_same_seed_gives_the_same_text_and_another_seed_another() {
     let lm = Lm::golden("lm-window");
@@ -313,7 +376,7 @@ fn the_same_seed_gives_the_same_text_and_another_seed_another() {
     let drawn = |seed: u64, sample: u32, row: u64| {
         let params = SamplingParams { max_tokens: 12, temperature: 1.0, seed, ..SamplingParams::default() };
         let mut request = requests(std::slice::from_ref(&prompt), params).remove(0);
-        (request.sample, request.random_key) = (sample, row);
+        (request.samples, request.random_key) = (sample..sample + 1, row);
         lm.generate(&[request], ROOMY).remove(0).token_ids
     };
     assert_eq!(drawn(1, 0, 0), drawn(1, 0, 0));

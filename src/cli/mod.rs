@@ -112,7 +112,7 @@ fn environment_variable(arg: &clap::Arg) -> Option<String> {
 impl Cli {
     fn run(self) -> Result<()> {
         match self.command {
-            Command::Job(settings) => job::run(settings.into_job()),
+            Command::Job(settings) => job::run(settings.into_job()?),
             Command::Run(args) => args.run(),
             Command::Check(args) => args.run(),
             Command::Schemas(args) => args.run(),

@@ -13,7 +13,10 @@ use arrow::datatypes::{DataType, Field, Fields};
 use super::{BatchObserver, InferStats, Inferred, PreparedRows, Row, common_columns};
 use crate::batch::{Padding, Sequence};
 use crate::error::Result;
-use crate::generation::{CausalLm, Generated, Request, SamplingParams, Scheduler, SchedulerLimits};
+use crate::generation::{
+    Batching, CausalLm, Completion, Generated, Request, SamplingParams, Scheduler, SchedulerLimits, StaticBatches,
+    StepStats,
+};
 use crate::heads::TokenLogprob;
 use crate::text::TextTokenizer;
 
@@ -27,6 +30,58 @@ pub struct Generator {
     /// Completions of each row.
     samples: u32,
     limits: SchedulerLimits,
+    batching: Batching,
+}
+
+/// Completions under way, batched one way or the other.
+enum Batches<'a> {
+    InFlight(Scheduler<'a, CausalLm, TextTokenizer>),
+    Static(StaticBatches<'a, TextTokenizer>),
+}
+
+impl Batches<'_> {
+    fn push(&mut self, request: Request) -> Result<(), String> {
+        match self {
+            Self::InFlight(scheduler) => scheduler.push(request),
+            Self::Static(batches) => batches.push(request),
+        }
+    }
+
+    fn step(&mut self) -> Result<Vec<Completion>> {
+        match self {
+            Self::InFlight(scheduler) => scheduler.step(),
+            Self::Static(batches) => batches.step(),
+        }
+    }
+
+    fn queued(&self) -> usize {
+        match self {
+            Self::InFlight(scheduler) => scheduler.queued(),
+            Self::Static(batches) => batches.queued(),
+        }
+    }
+
+    fn live(&self) -> usize {
+        match self {
+            Self::InFlight(scheduler) => scheduler.live(),
+            Self::Static(batches) => batches.live(),
+        }
+    }
+
+    fn stats(&self) -> StepStats {
+        match self {
+            Self::InFlight(scheduler) => scheduler.stats(),
+            Self::Static(batches) => batches.stats(),
+        }
+    }
+
+    /// Tokens that were computed for nobody.
+    fn wasted_tokens(&self) -> u64 {
+        match self {
+            Self::InFlight(_) => 0,
+            Self::Static(batches) => batches.padding().padded_tokens - batches.padding().real_tokens,
+        }
+    }
 }
 
 /// The result columns of a job that generates, in order.
@@ -49,7 +104,12 @@ pub fn generate_fields(samples: u32, logprobs: bool) -> Vec<Field> {
 impl Generator {
     /// A generator of `samples` completions a row.
     pub fn new(model: CausalLm, params: SamplingParams, samples: u32, limits: SchedulerLimits) -> Self {
-        Self { model, params: Arc::new(params), samples, limits }
+        Self { model, params: Arc::new(params), samples, limits, batching: Batching::default() }
+    }
+
+    /// The same, batched in another way.
+    pub fn with_batching(self, batching: Batching) -> Self {
+        Self { batching, ..self }
     }
 
     /// Begins to generate; `T` is what a caller wants back with each window's results.
@@ -57,7 +117,10 @@ impl Generator {
         Generation {
             generator: self,
             tokenizer,
-            scheduler: Scheduler::new(&self.model, tokenizer, self.limits),
+            scheduler: match self.batching {
+                Batching::InFlight => Batches::InFlight(Scheduler::new(&self.model, tokenizer, self.limits)),
+                Batching::Static => Batches::Static(StaticBatches::new(&self.model, tokenizer, self.limits)),
+            },
             windows: VecDeque::new(),
             first_row: 0,
             stats: InferStats::default(),
@@ -69,7 +132,7 @@ impl Generator {
 pub struct Generation<'a, T> {
     generator: &'a Generator,
     tokenizer: &'a TextTokenizer,
-    scheduler: Scheduler<'a, CausalLm, TextTokenizer>,
+    scheduler: Batches<'a>,
     windows: VecDeque<Window<T>>,
     /// The scheduler's number of the first row of the first window.
     first_row: usize,
@@ -101,6 +164,17 @@ impl<T> Generation<'_, T> {
 
     /// Adds a window; `random_keys` has each row's number in the whole input. Returns how many rows need no completion.
     pub fn push(&mut self, tag: T, prepared: PreparedRows, random_keys: impl Iterator<Item = u64>) -> u64 {
+        let params = self.generator.params.clone();
+        self.push_with(tag, prepared, random_keys.map(|key| (key, Ok(params.clone()))))
+    }
+
+    /// As [`Generation::push`], with each row's own settings, or why there are none, beside its number.
+    pub fn push_with(
+        &mut self,
+        tag: T,
+        prepared: PreparedRows,
+        settings: impl Iterator<Item = (u64, Result<Arc<SamplingParams>, String>)>,
+    ) -> u64 {
         let PreparedRows { rows, sequences, .. } = prepared;
         let base = self.first_row + self.windows.iter().map(|window| window.rows.len()).sum::<usize>();
         let samples = self.generator.samples;
@@ -112,24 +186,22 @@ impl<T> Generation<'_, T> {
             padding: Padding::default(),
         };
         let mut sequences: Vec<Option<Sequence>> = sequences.into_iter().map(Some).collect();
-        for ((index, row), random_key) in window.rows.iter_mut().enumerate().zip(random_keys) {
+        for ((index, row), (random_key, params)) in window.rows.iter_mut().enumerate().zip(settings) {
             let Some(sequence) = row.sequences.clone().next().and_then(|first| sequences[first].take()) else {
                 continue;
             };
-            for sample in 0..samples {
-                let request = Request {
-                    row: base + index,
-                    sample,
-                    random_key,
-                    prompt_ids: sequence.input_ids.clone(),
-                    params: self.generator.params.clone(),
-                };
-                match self.scheduler.push(request) {
-                    Ok(()) => window.missing += 1,
-                    Err(message) => {
-                        row.error.get_or_insert(message);
-                    }
+            let params = match params {
+                Ok(params) => params,
+                Err(message) => {
+                    row.error = Some(message);
+                    continue;
                 }
+            };
+            let request =
+                Request { row: base + index, samples: 0..samples, random_key, prompt_ids: sequence.input_ids, params };
+            match self.scheduler.push(request) {
+                Ok(()) => window.missing += samples as usize,
+                Err(message) => row.error = Some(message),
             }
         }
         let without_work = window.rows.iter().filter(|row| row.sequences.is_empty() || row.error.is_some()).count();
@@ -142,13 +214,16 @@ impl<T> Generation<'_, T> {
     /// # Errors
     /// When the model fails.
     pub fn step(&mut self, observer: &dyn BatchObserver) -> Result<bool> {
-        let before = self.scheduler.stats();
+        let (before, wasted) = (self.scheduler.stats(), self.scheduler.wasted_tokens());
         let started = Instant::now();
         let completions = self.scheduler.step()?;
         let after = self.scheduler.stats();
         self.stats.busy += started.elapsed();
         self.stats.batches += after.steps - before.steps;
         let tokens = after.prompt_tokens - before.prompt_tokens + after.completion_tokens - before.completion_tokens;
+
+        let wasted = self.scheduler.wasted_tokens() - wasted;
+        self.stats.padding += Padding { real_tokens: 0, padded_tokens: wasted };
 
         let mut rows_done = 0;
         for completion in completions {
@@ -161,7 +236,9 @@ impl<T> Generation<'_, T> {
                 window.missing -= 1;
                 match completion.result {
                     Ok(generated) => {
-                        let tokens = (generated.prompt_tokens + generated.token_ids.len()) as u64;
+                        // A row's completions share its prompt.
+                        let prompt = if completion.sample == 0 { generated.prompt_tokens } else { 0 };
+                        let tokens = (prompt + generated.token_ids.len()) as u64;
                         window.padding += Padding { real_tokens: tokens, padded_tokens: tokens };
                         window.completions[index][completion.sample as usize] = Some(generated);
                     }
@@ -175,7 +252,7 @@ impl<T> Generation<'_, T> {
                 break;
             }
         }
-        Ok(observer.after_batch(rows_done, Padding { real_tokens: tokens, padded_tokens: tokens }))
+        Ok(observer.after_batch(rows_done, Padding { real_tokens: tokens, padded_tokens: tokens + wasted }))
     }
 
     /// Takes the first window once all its completions are there.
@@ -188,7 +265,8 @@ impl<T> Generation<'_, T> {
         }
         let Some(window) = self.windows.pop_front() else { return Ok(None) };
         self.first_row += window.rows.len();
-        let mut stats = InferStats { padding: window.padding, ..std::mem::take(&mut self.stats) };
+        let mut stats = std::mem::take(&mut self.stats);
+        stats.padding += window.padding;
         let mut first_error = None;
         for (index, row) in window.rows.iter().enumerate() {
             stats.count(row);

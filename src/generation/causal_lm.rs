@@ -3,8 +3,9 @@
 use candle_core::Device;
 
 use super::{Decode, StepModel};
-use crate::batch::PackedBatch;
+use crate::batch::{LeftPaddedBatch, PackedBatch};
 use crate::error::Result;
+use crate::model::reference::{self, PaddedCache};
 use crate::model::{Checkpoint, KvCache, Linear, MistralModel, WeightLayout};
 use crate::text::TextTokenizer;
 
@@ -33,6 +34,21 @@ impl CausalLm {
             lm_head: Linear::new(lm_head, WeightLayout::Packed)?,
             model: MistralModel::load_with_layout(checkpoint, device, WeightLayout::Packed)?,
         })
+    }
+
+    /// The logits of each row's next token, `[B, vocab]`, the plain way: as [`reference::padded_step`].
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn padded_step(
+        &self,
+        batch: &LeftPaddedBatch,
+        seq_lens: &[usize],
+        cache: &mut PaddedCache,
+    ) -> Result<Vec<f32>> {
+        let hidden_states = reference::padded_step(&self.model, batch, seq_lens, cache)?; // [B, N, hidden]
+        let last = hidden_states.narrow(1, batch.width() - 1, 1)?.squeeze(1)?.contiguous()?;
+        Ok(self.lm_head.forward(&last)?.flatten_all()?.to_vec1()?)
     }
 
     /// The base model.

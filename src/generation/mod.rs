@@ -4,13 +4,32 @@
 //! [`StepModel`] compute one token of every live sequence, gives each to the [`sampler`], and hands out completions as
 //! [`stop`] ends them. The next request takes a finished one's place in the very next step.
 
+use serde::Serialize;
+
 mod causal_lm;
+mod constraint;
+mod live;
 mod params;
 pub mod sampler;
 mod scheduler;
+mod static_batch;
 pub mod stop;
 
 pub use causal_lm::CausalLm;
-pub use params::{DEFAULT_MAX_TOKENS, GenerationDefaults, SamplingParams};
-pub use scheduler::{Completion, Generated, Request, Scheduler, SchedulerLimits, StepModel, StepStats};
+pub use constraint::{Constraint, ConstraintState, Grammar, TokenMask};
+pub use live::{Completion, Generated, Request};
+pub use params::{BadSetting, DEFAULT_MAX_TOKENS, GenerationDefaults, SamplingParams};
+pub use scheduler::{Scheduler, SchedulerLimits, StepModel, StepStats};
+pub use static_batch::StaticBatches;
 pub use stop::{Decode, FinishReason};
+
+/// Who shares the steps of a completion.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Batching {
+    /// Whoever is live: [`Scheduler`].
+    #[default]
+    InFlight,
+    /// A rectangle of rows from its first step to its last: [`StaticBatches`].
+    Static,
+}

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::Constraint;
 use crate::error::{Error, Result};
 use crate::model::MistralConfig;
 
@@ -38,6 +39,9 @@ pub struct SamplingParams {
     pub logprobs: bool,
     /// The same seed gives the same row the same completion.
     pub seed: u64,
+    /// What the completion has to be.
+    #[serde(skip)]
+    pub constraint: Option<Constraint>,
 }
 
 /// Tokens of a completion when neither the user nor the checkpoint says how many.
@@ -60,37 +64,72 @@ impl Default for SamplingParams {
             stop: Vec::new(),
             logprobs: false,
             seed: 0,
+            constraint: None,
         }
     }
 }
 
+/// A setting that means nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BadSetting {
+    /// The field of [`SamplingParams`].
+    pub name: &'static str,
+    /// What is wrong with its value.
+    pub problem: String,
+}
+
+impl std::fmt::Display for BadSetting {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.name, self.problem)
+    }
+}
+
+impl BadSetting {
+    /// The same with the setting named as a flag.
+    pub fn of_flag(&self) -> String {
+        format!("--{} {}", self.name.replace('_', "-"), self.problem)
+    }
+}
+
 impl SamplingParams {
-    /// Refuses settings that mean nothing; the message names the setting as the flags do.
+    /// Refuses settings that mean nothing.
     ///
     /// # Errors
-    /// A message for the command line, or for the row whose own settings these are.
-    pub fn check(&self) -> Result<(), String> {
-        let number = |name: &str, value: f32, wanted: &str, fits: bool| {
-            if fits { Ok(()) } else { Err(format!("{name} is {value}; it has to be {wanted}")) }
+    /// The first such setting.
+    pub fn check(&self) -> Result<(), BadSetting> {
+        let refuse = |name: &'static str, problem: String| Err(BadSetting { name, problem });
+        let number = |name: &'static str, value: f32, wanted: &str, fits: bool| {
+            if fits { Ok(()) } else { refuse(name, format!("is {value}; it has to be {wanted}")) }
         };
         number("temperature", self.temperature, "0 or more", self.temperature >= 0.0 && self.temperature.is_finite())?;
-        number("top-p", self.top_p, "over 0 and up to 1", self.top_p > 0.0 && self.top_p <= 1.0)?;
-        number("min-p", self.min_p, "from 0 to 1", (0.0..=1.0).contains(&self.min_p))?;
+        number("top_p", self.top_p, "over 0 and up to 1", self.top_p > 0.0 && self.top_p <= 1.0)?;
+        number("min_p", self.min_p, "from 0 to 1", (0.0..=1.0).contains(&self.min_p))?;
         let penalty = self.repetition_penalty;
-        number("repetition-penalty", penalty, "over 0", penalty > 0.0 && penalty.is_finite())?;
-        number("frequency-penalty", self.frequency_penalty, "a finite number", self.frequency_penalty.is_finite())?;
-        number("presence-penalty", self.presence_penalty, "a finite number", self.presence_penalty.is_finite())?;
+        number("repetition_penalty", penalty, "over 0", penalty > 0.0 && penalty.is_finite())?;
+        number("frequency_penalty", self.frequency_penalty, "a finite number", self.frequency_penalty.is_finite())?;
+        number("presence_penalty", self.presence_penalty, "a finite number", self.presence_penalty.is_finite())?;
         if self.top_k == Some(0) {
-            return Err("top-k is 0; leave it out for all tokens".into());
+            return refuse("top_k", "is 0; leave it out for all tokens".into());
         }
         if self.max_tokens == 0 {
-            return Err("max-tokens is 0; a completion has at least one token".into());
+            return refuse("max_tokens", "is 0; a completion has at least one token".into());
+        }
+        if let Some(needed) = self.constraint.as_ref().and_then(Constraint::max_tokens)
+            && self.max_tokens < needed
+        {
+            return refuse(
+                "max_tokens",
+                format!("is {}, and the longest of the choices can take {needed} tokens", self.max_tokens),
+            );
         }
         if self.min_tokens > self.max_tokens {
-            return Err(format!("min-tokens is {}, over max-tokens ({})", self.min_tokens, self.max_tokens));
+            return refuse(
+                "min_tokens",
+                format!("is {}, more than the {} tokens that a completion may have", self.min_tokens, self.max_tokens),
+            );
         }
         if self.stop.iter().any(String::is_empty) {
-            return Err("a stop string is empty".into());
+            return refuse("stop", "holds an empty text".into());
         }
         Ok(())
     }
@@ -153,10 +192,10 @@ mod tests {
         let refuse = |change: fn(&mut SamplingParams)| {
             let mut params = SamplingParams::default();
             change(&mut params);
-            params.check().unwrap_err()
+            params.check().unwrap_err().of_flag()
         };
         assert!(SamplingParams::default().check().is_ok());
-        assert!(refuse(|p| p.temperature = -1.0).contains("temperature is -1"));
+        assert!(refuse(|p| p.temperature = -1.0).starts_with("--temperature is -1"));
         assert!(refuse(|p| p.temperature = f32::NAN).contains("temperature"));
         assert!(refuse(|p| p.top_p = 0.0).contains("top-p"));
         assert!(refuse(|p| p.min_p = 1.5).contains("min-p"));
@@ -164,7 +203,7 @@ mod tests {
         assert!(refuse(|p| p.repetition_penalty = 0.0).contains("repetition-penalty"));
         assert!(refuse(|p| p.presence_penalty = f32::INFINITY).contains("presence-penalty"));
         assert!(refuse(|p| p.max_tokens = 0).contains("max-tokens"));
-        assert!(refuse(|p| p.min_tokens = 1000).contains("min-tokens is 1000"));
+        assert!(refuse(|p| p.min_tokens = 1000).starts_with("--min-tokens is 1000"));
         assert!(refuse(|p| p.stop = vec![String::new()]).contains("stop"));
     }
 

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use super::SamplingParams;
+use super::{SamplingParams, TokenMask};
 
 /// The token that was chosen, and how likely the model found it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -49,16 +49,24 @@ fn split_mix(state: u64) -> u64 {
 
 /// Chooses the next token of a row from its `logits [vocab]`, which are changed on the way.
 ///
-/// `prompt` and `completion` are the row's tokens so far.
+/// `prompt` and `completion` are the row's tokens so far; only `allowed` tokens are chosen. `None` when there is none left
+/// to choose.
 pub fn sample(
     logits: &mut [f32],
     params: &SamplingParams,
+    allowed: Option<&TokenMask>,
     prompt: &[u32],
     completion: &[u32],
     key: DrawKey,
-) -> Sampled {
+) -> Option<Sampled> {
     let total = params.logprobs.then(|| (log_sum_exp(logits), logits.to_vec()));
     penalize(logits, params, prompt, completion);
+    if let Some(allowed) = allowed {
+        allowed.apply(logits);
+    }
+    if logits.iter().all(|&logit| logit == f32::NEG_INFINITY) {
+        return None;
+    }
     let token = if params.temperature == 0.0 {
         likeliest(logits)
     } else {
@@ -66,7 +74,7 @@ pub fn sample(
         draw(logits, key.uniform())
     };
     let logprob = total.map_or(0.0, |(total, raw)| (f64::from(raw[token]) - total) as f32);
-    Sampled { token_id: token as u32, logprob }
+    Some(Sampled { token_id: token as u32, logprob })
 }
 
 /// Applies what depends on the tokens so far: penalties, forbidden n-grams, the minimum length.
@@ -267,7 +275,7 @@ mod tests {
 
     fn next(params: SamplingParams, logits: &[f32], prompt: &[u32], completion: &[u32]) -> Sampled {
         let key = DrawKey { seed: 0, row: 0, sample: 0, step: completion.len() as u32 };
-        sample(&mut logits.to_vec(), &params, prompt, completion, key)
+        sample(&mut logits.to_vec(), &params, None, prompt, completion, key).unwrap()
     }
 
     #[test]

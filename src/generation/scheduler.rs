@@ -2,20 +2,20 @@
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::SamplingParams;
-use super::sampler::{self, DrawKey};
-use super::stop::{self, Decode, FinishReason};
+use super::live::{Completion, Live, Request};
+use super::stop::Decode;
 use crate::batch::PackedBatch;
 use crate::error::Result;
 
 /// A model that can go on with sequences token by token.
 pub trait StepModel: Sync {
     /// What a sequence's tokens so far leave behind.
-    type Cache: Send + Sync;
+    type Cache: Clone + Send + Sync;
 
     /// Tokens that have a logit.
     fn vocab_size(&self) -> usize;
@@ -31,43 +31,6 @@ pub trait StepModel: Sync {
     /// # Errors
     /// When the computation fails; the caches are then of no use.
     fn step(&self, batch: &PackedBatch, caches: &mut [&mut Self::Cache]) -> Result<Vec<f32>>;
-}
-
-/// One completion that is wanted.
-#[derive(Debug, Clone)]
-pub struct Request {
-    /// Where the completion belongs; comes back with it.
-    pub row: usize,
-    /// Which of the row's completions, from 0 on.
-    pub sample: u32,
-    /// What tells the row's random draws from others': its number in the whole input.
-    pub random_key: u64,
-    /// The prompt with its special tokens; not empty.
-    pub prompt_ids: Vec<u32>,
-    pub params: Arc<SamplingParams>,
-}
-
-/// A request's end.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Completion {
-    /// [`Request::row`].
-    pub row: usize,
-    /// [`Request::sample`].
-    pub sample: u32,
-    /// What was generated, or a message for the row's `error` column.
-    pub result: Result<Generated, String>,
-}
-
-/// A completion that went well.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Generated {
-    pub text: String,
-    pub finish_reason: FinishReason,
-    pub prompt_tokens: usize,
-    /// The completion's tokens, a stop token included.
-    pub token_ids: Vec<u32>,
-    /// Their log-probabilities where [`SamplingParams::logprobs`] asks for them, else empty.
-    pub logprobs: Vec<f32>,
 }
 
 /// What a step may hold.
@@ -105,27 +68,47 @@ pub struct Scheduler<'a, M: StepModel, D> {
     /// By longest possible length, then by arrival.
     queue: BTreeMap<(Reverse<usize>, u64), Request>,
     arrivals: u64,
-    live: Vec<Live<M::Cache>>,
+    live: Vec<Slot<M::Cache>>,
+    trunks: Vec<Trunk<M::Cache>>,
     kv_cache_bytes: usize,
     stats: StepStats,
 }
 
-/// A sequence that has begun.
-struct Live<C> {
-    request: Request,
+/// A sequence that has begun, with its cache.
+struct Slot<C> {
+    live: Live,
     cache: C,
     cache_bytes: usize,
     /// Tokens in the cache.
     past: usize,
-    completion: Vec<u32>,
-    logprobs: Vec<f32>,
-    end: Option<Result<FinishReason, String>>,
+}
+
+/// A prompt that was computed, and from which samples are still to begin.
+struct Trunk<C> {
+    request: Arc<Request>,
+    /// Of the samples that have not begun.
+    samples: Range<u32>,
+    cache: C,
+    cache_bytes: usize,
+    /// Of the first token, `[vocab]`.
+    logits: Vec<f32>,
 }
 
 impl Request {
-    /// Tokens of prompt and completion at most, each of which has a slot in the cache.
-    fn max_len(&self) -> usize {
-        self.prompt_ids.len().saturating_add(self.params.max_tokens)
+    /// Refuses what could never run.
+    pub(super) fn check(&self, needed: usize, allowed: usize) -> Result<(), String> {
+        if self.prompt_ids.is_empty() {
+            return Err("the prompt has no tokens".into());
+        }
+        self.params.check().map_err(|bad| bad.to_string())?;
+        if needed > allowed {
+            return Err(format!(
+                "{} prompt and {} new tokens need {needed} bytes of key/value cache, but only {allowed} are allowed",
+                self.prompt_ids.len(),
+                self.params.max_tokens
+            ));
+        }
+        Ok(())
     }
 }
 
@@ -139,6 +122,7 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
             queue: BTreeMap::new(),
             arrivals: 0,
             live: Vec::new(),
+            trunks: Vec::new(),
             kv_cache_bytes: 0,
             stats: StepStats::default(),
         }
@@ -150,21 +134,22 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
     /// A message for the row's `error` column: the prompt is empty, the settings mean nothing, or the cache alone is
     /// beyond the memory limit.
     pub fn push(&mut self, request: Request) -> Result<(), String> {
-        if request.prompt_ids.is_empty() {
-            return Err("the prompt has no tokens".into());
+        let needed = self.model.cache_bytes(request.max_len());
+        request.check(needed, self.limits.kv_cache_bytes)?;
+        if request.samples.len() > 1 && needed.saturating_mul(2) > self.limits.kv_cache_bytes {
+            // No room to keep the prompt's cache beside a sample's: each computes the prompt for itself.
+            for sample in request.samples.clone() {
+                self.enqueue(Request { samples: sample..sample + 1, ..request.clone() });
+            }
+        } else if !request.samples.is_empty() {
+            self.enqueue(request);
         }
-        request.params.check()?;
-        let (needed, allowed) = (self.model.cache_bytes(request.max_len()), self.limits.kv_cache_bytes);
-        if needed > allowed {
-            return Err(format!(
-                "{} prompt and {} new tokens need {needed} bytes of key/value cache, but only {allowed} are allowed",
-                request.prompt_ids.len(),
-                request.params.max_tokens
-            ));
-        }
+        Ok(())
+    }
+
+    fn enqueue(&mut self, request: Request) {
         self.queue.insert((Reverse(request.max_len()), self.arrivals), request);
         self.arrivals += 1;
-        Ok(())
     }
 
     /// Requests that have not begun.
@@ -179,7 +164,7 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
 
     /// Whether all requests have ended.
     pub fn is_idle(&self) -> bool {
-        self.queue.is_empty() && self.live.is_empty()
+        self.queue.is_empty() && self.live.is_empty() && self.trunks.is_empty()
     }
 
     /// What was computed so far.
@@ -197,18 +182,82 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
             return Ok(Vec::new());
         }
         let batch = self.batch();
-        let mut caches: Vec<_> = self.live.iter_mut().map(|live| &mut live.cache).collect();
+        let mut caches: Vec<_> = self.live.iter_mut().map(|slot| &mut slot.cache).collect();
         let mut logits = self.model.step(&batch, &mut caches)?;
         self.stats.steps += 1;
         self.stats.completion_tokens += self.live.len() as u64;
+        self.keep_trunks(&logits);
         let decoder = self.decoder;
         self.live
             .par_iter_mut()
             .zip(logits.par_chunks_mut(self.model.vocab_size()))
-            .for_each(|(live, logits)| live.take_token(logits, decoder));
-        let ended: Vec<_> = self.live.extract_if(.., |live| live.end.is_some()).collect();
-        self.kv_cache_bytes -= ended.iter().map(|live| live.cache_bytes).sum::<usize>();
-        Ok(ended.into_iter().filter_map(|live| live.finish(decoder)).collect())
+            .for_each(|(slot, logits)| slot.live.take_token(logits, decoder));
+        let ended: Vec<_> = self.live.extract_if(.., |slot| slot.live.has_ended()).collect();
+        self.kv_cache_bytes -= ended.iter().map(|slot| slot.cache_bytes).sum::<usize>();
+        let mut completions: Vec<_> = ended.into_iter().filter_map(|slot| slot.live.finish(decoder)).collect();
+        self.branch(&mut completions);
+        Ok(completions)
+    }
+
+    /// Keeps the cache and the logits of prompts that were computed just now and have further samples.
+    fn keep_trunks(&mut self, logits: &[f32]) {
+        for (slot, logits) in self.live.iter().zip(logits.chunks(self.model.vocab_size())) {
+            let Range { start, end } = slot.live.request.samples;
+            if slot.live.is_new() && end - start > 1 {
+                self.trunks.push(Trunk {
+                    request: Arc::clone(&slot.live.request),
+                    samples: start + 1..end,
+                    cache: slot.cache.clone(),
+                    cache_bytes: slot.cache_bytes,
+                    logits: logits.to_vec(),
+                });
+            }
+        }
+    }
+
+    /// Begins further samples of computed prompts as far as the limits go: each with a copy of the prompt's cache, the
+    /// last with the cache itself.
+    fn branch(&mut self, completions: &mut Vec<Completion>) {
+        let decoder = self.decoder;
+        loop {
+            let mut begun: Vec<(Slot<M::Cache>, Vec<f32>)> = Vec::new();
+            let mut index = 0;
+            while index < self.trunks.len() && self.live.len() + begun.len() < self.limits.max_rows.max(1) {
+                let trunk = &mut self.trunks[index];
+                let slot = |sample: u32, cache: M::Cache| Slot {
+                    live: Live::new(Arc::clone(&trunk.request), sample),
+                    cache,
+                    cache_bytes: trunk.cache_bytes,
+                    past: trunk.request.prompt_ids.len(),
+                };
+                if trunk.samples.len() == 1 {
+                    let sample = trunk.samples.start;
+                    let Trunk { request, cache, cache_bytes, logits, .. } = self.trunks.remove(index);
+                    let past = request.prompt_ids.len();
+                    begun.push((Slot { live: Live::new(request, sample), cache, cache_bytes, past }, logits));
+                } else if self.kv_cache_bytes + trunk.cache_bytes <= self.limits.kv_cache_bytes {
+                    self.kv_cache_bytes += trunk.cache_bytes;
+                    begun.push((slot(trunk.samples.start, trunk.cache.clone()), trunk.logits.clone()));
+                    trunk.samples.start += 1;
+                } else {
+                    index += 1;
+                }
+            }
+            if begun.is_empty() {
+                return;
+            }
+            self.stats.peak_kv_cache_bytes = self.stats.peak_kv_cache_bytes.max(self.kv_cache_bytes);
+            self.stats.completion_tokens += begun.len() as u64;
+            begun.par_iter_mut().for_each(|(slot, logits)| slot.live.take_token(logits, decoder));
+            for (slot, _) in begun {
+                if slot.live.has_ended() {
+                    self.kv_cache_bytes -= slot.cache_bytes;
+                    completions.extend(slot.live.finish(decoder));
+                } else {
+                    self.live.push(slot);
+                }
+            }
+        }
     }
 
     /// Begins queued requests as far as the limits go.
@@ -224,11 +273,13 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
             }
             let prompt = request.prompt_ids.len();
             let cache_bytes = self.model.cache_bytes(request.max_len());
-            let fits = self.kv_cache_bytes + cache_bytes <= self.limits.kv_cache_bytes
+            // With further samples the prompt's cache stays beside the first one's.
+            let reserved = if request.samples.len() > 1 { 2 * cache_bytes } else { cache_bytes };
+            let fits = self.kv_cache_bytes + reserved <= self.limits.kv_cache_bytes
                 && (prefill_tokens == 0 || prefill_tokens + prompt <= self.limits.prefill_tokens);
             if fits {
                 prefill_tokens += prompt;
-                self.kv_cache_bytes += cache_bytes;
+                self.kv_cache_bytes += reserved;
                 begun.push((*key, cache_bytes));
             }
         }
@@ -236,64 +287,23 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
         self.stats.peak_kv_cache_bytes = self.stats.peak_kv_cache_bytes.max(self.kv_cache_bytes);
         for (key, cache_bytes) in begun {
             let Some(request) = self.queue.remove(&key) else { continue };
-            self.live.push(Live {
-                cache: self.model.new_cache(request.max_len()),
-                cache_bytes,
-                past: 0,
-                completion: Vec::new(),
-                logprobs: Vec::new(),
-                end: None,
-                request,
-            });
+            let cache = self.model.new_cache(request.max_len());
+            let live = Live::new(Arc::new(request.clone()), request.samples.start);
+            self.live.push(Slot { live, cache, cache_bytes, past: 0 });
         }
     }
 
     /// The tokens that live sequences have not computed yet: a prompt, or the last token of a completion.
     fn batch(&mut self) -> PackedBatch {
         let mut batch = PackedBatch { input_ids: Vec::new(), position_ids: Vec::new(), cu_seq_lens: vec![0] };
-        for live in &mut self.live {
-            let new = match live.completion.last() {
-                None => &live.request.prompt_ids[..],
-                Some(last) => std::slice::from_ref(last),
-            };
+        for slot in &mut self.live {
+            let new = slot.live.new_tokens();
             batch.input_ids.extend_from_slice(new);
-            batch.position_ids.extend((live.past..live.past + new.len()).map(|position| position as u32));
+            batch.position_ids.extend((slot.past..slot.past + new.len()).map(|position| position as u32));
             batch.cu_seq_lens.push(batch.input_ids.len() as u32);
-            live.past += new.len();
+            slot.past += new.len();
         }
         batch
-    }
-}
-
-impl<C> Live<C> {
-    /// Chooses the next token and sees whether it is the last.
-    fn take_token(&mut self, logits: &mut [f32], decoder: &impl Decode) {
-        if !logits.iter().all(|logit| logit.is_finite()) {
-            self.end = Some(Err("the model's output holds NaN or infinity".into()));
-            return;
-        }
-        let Request { sample, random_key, params, prompt_ids, .. } = &self.request;
-        let key = DrawKey { seed: params.seed, row: *random_key, sample: *sample, step: self.completion.len() as u32 };
-        let sampled = sampler::sample(logits, params, prompt_ids, &self.completion, key);
-        self.completion.push(sampled.token_id);
-        if params.logprobs {
-            self.logprobs.push(sampled.logprob);
-        }
-        self.end = stop::finish_reason(&self.completion, params, decoder).transpose();
-    }
-
-    fn finish(self, decoder: &impl Decode) -> Option<Completion> {
-        let Request { row, sample, params, prompt_ids, .. } = self.request;
-        let result = self.end?.and_then(|finish_reason| {
-            Ok(Generated {
-                text: stop::text(&self.completion, &params, decoder)?,
-                finish_reason,
-                prompt_tokens: prompt_ids.len(),
-                token_ids: self.completion,
-                logprobs: self.logprobs,
-            })
-        });
-        Some(Completion { row, sample, result })
     }
 }
 
@@ -304,6 +314,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::generation::{FinishReason, SamplingParams};
 
     const VOCAB: usize = 50;
 
@@ -313,6 +324,7 @@ mod tests {
         seen: Mutex<(usize, Vec<(usize, usize)>)>,
     }
 
+    #[derive(Clone)]
     struct FakeCache {
         tokens: Vec<u32>,
         max_len: usize,
@@ -374,7 +386,7 @@ mod tests {
     fn request(row: usize, prompt_len: usize, max_tokens: usize, stop_token_ids: Vec<u32>) -> Request {
         let params = SamplingParams { max_tokens, stop_token_ids, ..SamplingParams::default() };
         let prompt_ids = (0..prompt_len).map(|i| ((row * 31 + i * 7) % VOCAB) as u32).collect();
-        Request { row, sample: 0, random_key: row as u64, prompt_ids, params: Arc::new(params) }
+        Request { row, samples: 0..1, random_key: row as u64, prompt_ids, params: Arc::new(params) }
     }
 
     /// What a request has to give, computed alone.
@@ -396,7 +408,10 @@ mod tests {
     proptest! {
         #[test]
         fn every_request_ends_once_with_its_own_tokens_and_no_limit_is_passed(
-            requests in prop::collection::vec((1usize..30, 1usize..40, prop::collection::vec(0u32..50, 0..6)), 0..60),
+            requests in prop::collection::vec(
+                (1usize..30, 1usize..40, prop::collection::vec(0u32..50, 0..6), 1u32..6),
+                0..60,
+            ),
             kv_cache_tokens in 70usize..400,
             max_rows in 1usize..20,
             prefill_tokens in 1usize..80,
@@ -405,10 +420,11 @@ mod tests {
             let model = fake();
             let limits = SchedulerLimits { kv_cache_bytes: kv_cache_tokens * 10, max_rows, prefill_tokens };
             let mut scheduler = Scheduler::new(&model, &Letters, limits);
-            let requests: Vec<_> =
-                requests.into_iter().enumerate().map(|(row, (p, m, stop))| request(row, p, m, stop)).collect();
+            let requests: Vec<_> = (requests.into_iter().enumerate())
+                .map(|(row, (p, m, stop, samples))| Request { samples: 0..samples, ..request(row, p, m, stop) })
+                .collect();
             let mut waiting = requests.iter();
-            let mut ended = vec![0; requests.len()];
+            let mut ended: Vec<Vec<u32>> = vec![Vec::new(); requests.len()];
             // Requests keep coming while others run.
             while waiting.len() > 0 || !scheduler.is_idle() {
                 for request in waiting.by_ref().take(at_once) {
@@ -423,13 +439,23 @@ mod tests {
                     prop_assert_eq!(&generated.token_ids, &tokens);
                     prop_assert_eq!(generated.finish_reason, reason);
                     prop_assert_eq!(generated.prompt_tokens, request.prompt_ids.len());
-                    ended[completion.row] += 1;
+                    ended[completion.row].push(completion.sample);
                 }
             }
-            prop_assert!(ended.iter().all(|&times| times == 1));
+            for (request, mut samples) in requests.iter().zip(ended) {
+                samples.sort_unstable();
+                prop_assert_eq!(samples, request.samples.clone().collect::<Vec<_>>());
+            }
+            // A prompt is computed once, unless its cache cannot be kept beside another.
+            let computed = |request: &Request| {
+                let alone = 2 * request.max_len() > kv_cache_tokens;
+                request.prompt_ids.len() * if alone { request.samples.len() } else { 1 }
+            };
+            prop_assert_eq!(scheduler.stats().prompt_tokens as usize, requests.iter().map(computed).sum::<usize>());
             let (bytes, prefills) = &*model.seen.lock().unwrap();
             prop_assert!(*bytes <= limits.kv_cache_bytes);
-            prop_assert_eq!(*bytes, scheduler.stats().peak_kv_cache_bytes);
+            prop_assert!(*bytes <= scheduler.stats().peak_kv_cache_bytes);
+            prop_assert!(scheduler.stats().peak_kv_cache_bytes <= limits.kv_cache_bytes);
             prop_assert!(prefills.iter().all(|&(prompts, tokens)| tokens <= prefill_tokens || prompts == 1));
             prop_assert_eq!(scheduler.kv_cache_bytes, 0);
         }
@@ -460,7 +486,7 @@ mod tests {
         let mut scheduler = Scheduler::new(&model, &Letters, limits);
         assert!(scheduler.push(request(0, 5, 6, vec![])).unwrap_err().contains("110 bytes"));
         assert!(scheduler.push(request(0, 0, 6, vec![])).unwrap_err().contains("no tokens"));
-        assert!(scheduler.push(request(0, 5, 0, vec![])).unwrap_err().contains("max-tokens"));
+        assert!(scheduler.push(request(0, 5, 0, vec![])).unwrap_err().contains("max_tokens"));
         assert!(scheduler.push(request(0, 5, 5, vec![])).is_ok());
         assert_eq!((scheduler.queued(), scheduler.live(), scheduler.is_idle()), (1, 0, false));
     }

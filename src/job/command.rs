@@ -10,8 +10,10 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::generation::GenerateOptions;
+use super::row_params::RowParams;
 use super::spec::{JobSpec, PromptSpec};
 use super::truth::TruthKind;
+use crate::data::dataset::Dataset;
 use crate::engine::{Engine, generate_fields};
 use crate::error::{Error, Result};
 use crate::heads::{
@@ -113,6 +115,22 @@ impl CommandSpec {
         }
     }
 
+    /// The settings that rows bring themselves, checked against the data, as a grammar is.
+    ///
+    /// # Errors
+    /// As [`GenerateOptions::row_params`].
+    pub fn row_params(
+        &self,
+        checkpoint: &Checkpoint,
+        tokenizer: &TextTokenizer,
+        dataset: &Dataset,
+    ) -> Result<Option<RowParams>> {
+        match self {
+            Self::Generate(options) => options.row_params(checkpoint, tokenizer, dataset),
+            Self::Classify(_) | Self::Embed(_) | Self::Score(_) | Self::Tag(_) => Ok(None),
+        }
+    }
+
     /// Loads the model and the command's head.
     ///
     /// # Errors
@@ -135,7 +153,7 @@ impl CommandSpec {
                 Box::new(TokenClassification::load(checkpoint, options.clone(), tokenizer.clone(), device)?)
             }
             Self::Generate(options) => {
-                return Ok(Engine::generating(options.generator(checkpoint, spec, device)?, tokenizer));
+                return Ok(Engine::generating(options.generator(checkpoint, spec, &tokenizer, device)?, tokenizer));
             }
         };
         Ok(Engine::new(MistralModel::load(checkpoint, device)?, head, tokenizer, spec.max_batch_tokens))

@@ -1,13 +1,18 @@
 //! What `generate` is asked for, and what the checkpoint adds to it.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::row_params::RowParams;
 use super::spec::JobSpec;
+use crate::data::dataset::Dataset;
 use crate::engine::Generator;
 use crate::error::{Error, Result};
-use crate::generation::{CausalLm, GenerationDefaults, SamplingParams, SchedulerLimits};
+use crate::generation::{Batching, CausalLm, Constraint, GenerationDefaults, Grammar, SamplingParams, SchedulerLimits};
 use crate::model::Checkpoint;
+use crate::text::TextTokenizer;
 use candle_core::Device;
 
 /// Memory for key/value caches when nothing is said, in bytes.
@@ -28,6 +33,12 @@ pub struct GenerateOptions {
     pub ignore_eos: bool,
     /// Completions of each row.
     pub samples: u32,
+    /// A struct column whose fields override `params`, `max_tokens`, `stop_token_ids` and `ignore_eos` row by row.
+    pub params_column: Option<String>,
+    /// Who shares the steps of a completion.
+    pub batching: Batching,
+    /// What completions have to be.
+    pub grammar: Option<Grammar>,
     /// Memory for key/value caches, in bytes; it changes no result.
     #[serde(skip)]
     pub kv_cache_bytes: u64,
@@ -47,12 +58,28 @@ impl GenerateOptions {
             None if self.ignore_eos => Vec::new(),
             None => defaults.eos_token_ids,
         };
-        params.check().map_err(|message| Error::Usage(format!("--{message}")))?;
-        if self.samples > 1 && params.temperature == 0.0 {
+        params.check().map_err(|bad| Error::Usage(bad.of_flag()))?;
+        if self.samples > 1 && params.temperature == 0.0 && self.params_column.is_none() {
             return Err(Error::Usage(format!(
                 "--n {} without a --temperature would give the same greedy completion each time",
                 self.samples
             )));
+        }
+        Ok(params)
+    }
+
+    /// As [`GenerateOptions::resolve`], with the grammar compiled for the checkpoint's tokens.
+    ///
+    /// # Errors
+    /// As [`GenerateOptions::resolve`]; [`Error::Usage`] for a grammar that is wrong, [`Error::Config`] for a tokenizer
+    /// whose tokens have no bytes of their own.
+    pub fn constrained(&self, checkpoint: &Checkpoint, tokenizer: &TextTokenizer) -> Result<SamplingParams> {
+        let mut params = self.resolve(checkpoint)?;
+        if let Some(grammar) = &self.grammar {
+            let constraint = Constraint::compile(grammar.clone(), &tokenizer.token_bytes()?);
+            let constraint = constraint.map_err(|error| Error::Usage(format!("{}: {error}", grammar.flag())))?;
+            params.constraint = Some(constraint);
+            params.check().map_err(|bad| Error::Usage(bad.of_flag()))?;
         }
         Ok(params)
     }
@@ -64,20 +91,49 @@ impl GenerateOptions {
     pub fn settings(&self, checkpoint: &Checkpoint) -> Result<Value> {
         let params =
             serde_json::to_value(self.resolve(checkpoint)?).map_err(|error| Error::Internal(error.to_string()))?;
-        Ok(json!({ "params": params, "n": self.samples }))
+        Ok(json!({
+            "params": params,
+            "n": self.samples,
+            "params_column": self.params_column,
+            "batching": self.batching,
+            "grammar": self.grammar,
+        }))
+    }
+
+    /// The settings that rows bring themselves; the grammar is checked either way.
+    ///
+    /// # Errors
+    /// As [`GenerateOptions::constrained`] and [`RowParams::new`].
+    pub fn row_params(
+        &self,
+        checkpoint: &Checkpoint,
+        tokenizer: &TextTokenizer,
+        dataset: &Dataset,
+    ) -> Result<Option<RowParams>> {
+        let params = Arc::new(self.constrained(checkpoint, tokenizer)?);
+        let Some(column) = &self.params_column else { return Ok(None) };
+        let eos_token_ids = GenerationDefaults::read(&checkpoint.dir, &checkpoint.config)?.eos_token_ids;
+        RowParams::new(dataset, column, params, eos_token_ids).map(Some)
     }
 
     /// Loads the model.
     ///
     /// # Errors
-    /// As [`GenerateOptions::resolve`], and when weights are unusable.
-    pub fn generator(&self, checkpoint: &Checkpoint, spec: &JobSpec, device: &Device) -> Result<Generator> {
-        let params = self.resolve(checkpoint)?;
+    /// As [`GenerateOptions::constrained`], and when weights are unusable.
+    pub fn generator(
+        &self,
+        checkpoint: &Checkpoint,
+        spec: &JobSpec,
+        tokenizer: &TextTokenizer,
+        device: &Device,
+    ) -> Result<Generator> {
+        let params = self.constrained(checkpoint, tokenizer)?;
         let limits = SchedulerLimits {
             kv_cache_bytes: usize::try_from(self.kv_cache_bytes).unwrap_or(usize::MAX),
             max_rows: MAX_LIVE_ROWS,
             prefill_tokens: spec.max_batch_tokens,
         };
-        Ok(Generator::new(CausalLm::load(checkpoint, device)?, params, self.samples, limits))
+        let generator = Generator::new(CausalLm::load(checkpoint, device)?, params, self.samples, limits);
+        Ok(generator.with_batching(self.batching))
     }
 }

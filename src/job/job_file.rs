@@ -92,7 +92,10 @@ impl JobFile {
         }
         let matches = parser.try_get_matches_from_mut(args).map_err(|error| self.refused(&error))?;
         let parsed = JobParser::from_arg_matches(&matches).map_err(|error| self.refused(&error))?;
-        let mut job = parsed.settings.into_job();
+        let mut job = parsed.settings.into_job().map_err(|error| match error {
+            Error::Usage(message) => Error::config(&self.path, message),
+            error => error,
+        })?;
         if job.spec.on_existing == OnExisting::Refuse {
             job.spec.on_existing = OnExisting::ResumeIfOurs;
         }

@@ -9,6 +9,7 @@ mod pipeline;
 mod plan;
 mod prompts;
 mod report;
+mod row_params;
 mod runner;
 pub mod schema;
 pub mod settings;

@@ -197,8 +197,14 @@ impl Stage {
                 match next {
                     None => input_ended = true,
                     Some((window, rows)) => {
-                        let numbers = self.row_numbers(&window);
-                        let without_work = generation.push(window, rows, numbers.into_iter());
+                        let numbers = self.row_numbers(&window).into_iter();
+                        let without_work = match &self.plan.row_params {
+                            None => generation.push(window, rows, numbers),
+                            Some(row_params) => {
+                                let params = row_params.rows(&window.batch)?;
+                                generation.push_with(window, rows, numbers.zip(params))
+                            }
+                        };
                         self.control.after_batch(without_work, Padding::default());
                     }
                 }

@@ -8,6 +8,7 @@ use arrow::datatypes::{Field, Schema, SchemaRef};
 use serde_json::{Value, json};
 
 use super::prompts::PromptSource;
+use super::row_params::RowParams;
 use super::spec::JobSpec;
 use super::truth::TruthKind;
 use crate::data::dataset::{Dataset, DatasetOptions};
@@ -36,6 +37,8 @@ pub struct JobPlan {
     pub filter: Option<RowFilter>,
     pub truth: Option<TruthKind>,
     pub prompts: PromptSource,
+    /// Settings that rows bring themselves.
+    pub row_params: Option<RowParams>,
     /// What is persisted beside the parts.
     pub file: PlanFile,
     /// What each part's footer says of the model.
@@ -57,6 +60,7 @@ impl JobPlan {
         })?);
         let first_path = dataset.files.first().map(|file| file.path.clone()).unwrap_or_default();
         let prompts = PromptSource::new(spec, &dataset, tokenizer)?;
+        let row_params = spec.command.row_params(checkpoint, tokenizer, &dataset)?;
 
         let results: Vec<Field> = spec.command.fields(checkpoint)?.into_iter().chain(common_fields()).collect();
         let kept = kept_columns(&dataset, spec.keep.as_deref())?;
@@ -66,6 +70,7 @@ impl JobPlan {
         let filter = spec.filter.as_deref().map(|sql| RowFilter::compile(sql, &dataset.schema)).transpose()?;
         let mut needed: Vec<String> = kept.clone();
         needed.extend(prompts.columns().into_iter().map(str::to_owned));
+        needed.extend(row_params.iter().map(|params| params.column().to_owned()));
         needed.extend(spec.truth_column.clone());
         needed.extend(filter.iter().flat_map(RowFilter::columns));
         let projection: Vec<String> =
@@ -112,7 +117,7 @@ impl JobPlan {
             ("sliding_window".to_owned(), window),
             ("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
         ]);
-        Ok(Self { dataset, units, output_schema, kept, filter, truth, prompts, file, footer, projection })
+        Ok(Self { dataset, units, output_schema, kept, filter, truth, prompts, row_params, file, footer, projection })
     }
 
     /// What was planned, in words.

@@ -1,6 +1,6 @@
 //! The oracle: the same arithmetic in the plainest tensor operations, padded and masked.
 //!
-//! Nothing here is fast, and nothing here is used by a run. Tests compare every kernel, and the whole model, with it.
+//! Nothing here is fast, and no run uses it but static batching, the comparison. Tests compare every kernel, and the whole model, with it.
 
 use candle_core::{D, Device, Result, Tensor};
 use candle_nn::ops::{sigmoid, softmax_last_dim};
@@ -8,8 +8,8 @@ use candle_transformers::utils::repeat_kv;
 
 use super::HeadLayout;
 
-/// Attention over left-padded rows: `q [B, H, T, D]`, `k` and `v [B, K, T, D]`, additive `mask [B, 1, T, T]`,
-/// to `[B, H, T, D]`; scores are scaled by `1/√D`.
+/// Attention over left-padded rows: `q [B, H, N, D]`, `k` and `v [B, K, T, D]`, additive `mask [B, 1, N, T]`,
+/// to `[B, H, N, D]`; scores are scaled by `1/√D`.
 pub fn padded_attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let (_, num_heads, _, head_dim) = q.dims4()?;
     let group_size = num_heads / k.dim(1)?;
@@ -19,25 +19,33 @@ pub fn padded_attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor) -> Re
     softmax_last_dim(&scores.broadcast_add(mask)?)?.matmul(&v)
 }
 
-/// The additive mask `[B, 1, T, T]` of left-padded rows: 0 where query `i` sees key `j`, −∞ elsewhere.
+/// The additive mask `[B, 1, T − past, T]` of left-padded rows, queries from column `past` on: 0 where query `i` sees key
+/// `j`, −∞ elsewhere.
 ///
 /// Row `b` is real in columns `T - seq_lens[b]..T`. There query `i` sees key `j` iff `0 <= i - j < window`, so a window
 /// of 1 is the token itself. A padded query sees itself only, so that its softmax is defined; its output means nothing.
 /// With `seq_lens = [2]`, `t = 3` and no window the rows of the mask are `[0 -∞ -∞]`, `[-∞ 0 -∞]`, `[-∞ 0 0]`.
-pub fn left_padded_causal_mask(seq_lens: &[usize], t: usize, window: Option<usize>, device: &Device) -> Result<Tensor> {
-    let mut mask = vec![f32::NEG_INFINITY; seq_lens.len() * t * t];
+pub fn left_padded_causal_mask(
+    seq_lens: &[usize],
+    past: usize,
+    t: usize,
+    window: Option<usize>,
+    device: &Device,
+) -> Result<Tensor> {
+    let new = t - past;
+    let mut mask = vec![f32::NEG_INFINITY; seq_lens.len() * new * t];
     for (b, &seq_len) in seq_lens.iter().enumerate() {
         let first_real = t - seq_len;
-        for i in 0..t {
+        for i in past..t {
             for j in 0..=i {
                 let visible = j >= first_real && window.is_none_or(|window| i - j < window);
                 if visible || i == j {
-                    mask[(b * t + i) * t + j] = 0.0;
+                    mask[(b * new + i - past) * t + j] = 0.0;
                 }
             }
         }
     }
-    Tensor::from_vec(mask, (seq_lens.len(), 1, t, t), device)
+    Tensor::from_vec(mask, (seq_lens.len(), 1, new, t), device)
 }
 
 /// Root-mean-square norm of `x [N, D]` with `weight [D]`, to `[N, D]`.
@@ -75,7 +83,7 @@ mod tests {
     #[test]
     fn mask_of_the_documented_example() -> Result<()> {
         const N: f32 = f32::NEG_INFINITY;
-        let mask = left_padded_causal_mask(&[2], 3, None, &Device::Cpu)?.squeeze(0)?.squeeze(0)?;
+        let mask = left_padded_causal_mask(&[2], 0, 3, None, &Device::Cpu)?.squeeze(0)?.squeeze(0)?;
         assert_eq!(mask.to_vec2::<f32>()?, [[0., N, N], [N, 0., N], [N, 0., 0.]]);
         Ok(())
     }
@@ -83,7 +91,7 @@ mod tests {
     #[test]
     fn a_window_counts_the_token_itself() -> Result<()> {
         for window in 1..=5 {
-            let mask = left_padded_causal_mask(&[5], 5, Some(window), &Device::Cpu)?;
+            let mask = left_padded_causal_mask(&[5], 0, 5, Some(window), &Device::Cpu)?;
             let last = mask.squeeze(0)?.squeeze(0)?.get(4)?.to_vec1::<f32>()?;
             assert_eq!(last.iter().filter(|&&m| m == 0.0).count(), window);
         }

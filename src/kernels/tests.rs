@@ -52,7 +52,7 @@ fn reference_attention(qkv: &Tensor, seq_lens: &[usize], heads: HeadLayout, wind
     let q = padded.narrow(1, 0, heads.num_heads)?;
     let k = padded.narrow(1, heads.num_heads, heads.num_kv_heads)?;
     let v = padded.narrow(1, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads)?;
-    let mask = reference::left_padded_causal_mask(seq_lens, t, window, qkv.device())?.to_dtype(DType::F64)?;
+    let mask = reference::left_padded_causal_mask(seq_lens, 0, t, window, qkv.device())?.to_dtype(DType::F64)?;
     let output = reference::padded_attention(&q, &k, &v, &mask)?.transpose(1, 2)?.flatten_from(2)?;
     let real: Result<Vec<_>> =
         seq_lens.iter().enumerate().map(|(b, &seq_len)| output.get(b)?.narrow(0, t - seq_len, seq_len)).collect();

@@ -73,10 +73,11 @@ pub struct TextTokenizer {
     appended: Option<u32>,
     /// Whether sequences come with the spans of their tokens.
     pub(super) spans: bool,
-    vocab_size: usize,
+    /// The model's, whatever the tokenizer's own is.
+    pub(super) vocab_size: usize,
     sha256: String,
     pub(super) config: TokenizerConfig,
-    path: PathBuf,
+    pub(super) path: PathBuf,
 }
 
 /// What this program reads of `tokenizer_config.json`.

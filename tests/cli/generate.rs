@@ -111,6 +111,11 @@ fn drawn_completions_depend_on_row_and_seed_and_on_nothing_else() {
     ] {
         assert!(drawn(name, extra) == usual, "{name}");
     }
+    // The plain way of batching: the same texts, by other arithmetic.
+    let plain = drawn("static", &["--batching", "static"]);
+    for column in ["completion", "finish_reason", "error"] {
+        assert_eq!(strings(&plain, column), strings(&usual, column));
+    }
     let filtered = drawn("filtered", &["--where", "id % 3 = 1"]);
     let ids = filtered.column_by_name("id").unwrap().as_primitive::<arrow::datatypes::Int64Type>().values();
     let all = strings(&usual, "completion");

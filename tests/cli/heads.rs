@@ -473,3 +473,53 @@ fn windows_lose_and_double_nothing_at_their_seams() {
     assert!(flags(&cut, "truncated").iter().all(|truncated| *truncated == Some(true)));
     assert_eq!(counts(&cut, "num_tokens")[0], Some(16));
 }
+
+/// Every question of the sample data is embedded as transformers embeds it, and all but one lie nearest to their article.
+#[test]
+fn sample_embeddings_equal_transformers_and_find_articles() {
+    let path = |name: &str| project(&format!("sample-data/{name}")).to_str().unwrap().to_owned();
+    let (input, model) = (path("questions.parquet"), path("models/article-finder"));
+    let scratch = Scratch::new();
+    let output = scratch.arg("vectors.parquet");
+    succeed(&["embed", "-i", &input, "-o", &output, "--model", &model, "--pooling", "mean", "--normalize"]);
+    let results = read_parquet(&output);
+    let expected = embeddings(&read_parquet(path("questions-expected.parquet")));
+    let vectors: Vec<Vec<f32>> = embeddings(&results).into_iter().map(Option::unwrap).collect();
+    for (row, (ours, theirs)) in vectors.iter().zip(&expected).enumerate() {
+        let theirs: Vec<f64> = theirs.as_ref().unwrap().iter().map(|&value| value.into()).collect();
+        all_close(ours, &theirs, &format!("row {row}"));
+    }
+    let (kinds, articles, ids) = (strings(&results, "kind"), strings(&results, "article"), strings(&results, "id"));
+    let places = |kind: &str| (0..vectors.len()).filter(|&row| kinds[row].as_deref() == Some(kind)).collect::<Vec<_>>();
+    let cosine = |a: usize, b: usize| vectors[a].iter().zip(&vectors[b]).map(|(a, b)| a * b).sum::<f32>();
+    let found = places("question").into_iter().filter(|&question| {
+        let nearest =
+            places("article").into_iter().max_by(|&a, &b| cosine(question, a).total_cmp(&cosine(question, b)));
+        ids[nearest.unwrap()] == articles[question]
+    });
+    assert_eq!((vectors.len(), found.count()), (330, 299));
+}
+
+/// Answers of the sample data are as likely as transformers finds them, and the right one is the likeliest.
+#[test]
+fn sample_answers_are_ranked_as_by_transformers() {
+    let path = |name: &str| project(&format!("sample-data/{name}")).to_str().unwrap().to_owned();
+    let (input, model) = (path("sorting-choices.parquet"), path("models/digit-sorter"));
+    let scratch = Scratch::new();
+    let output = scratch.arg("ranked.parquet");
+    let columns = ["--context-column", "context", "--continuation-column", "continuation"];
+    succeed(&[&["score", "-i", &input, "-o", &output, "--model", &model][..], &columns].concat());
+    let (results, expected) = (read_parquet(&output), read_parquet(path("sorting-choices-expected.parquet")));
+    assert_eq!(counts(&results, "scored_tokens"), counts(&expected, "scored_tokens"));
+    let (ours, theirs) = (doubles(&results, "logprob"), doubles(&expected, "logprob"));
+    for (row, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
+        relatively_close(ours.unwrap(), theirs.unwrap(), &format!("row {row}"));
+    }
+    let right = flags(&results, "right");
+    let best = (0..100).filter(|question| {
+        let answers = question * 3..question * 3 + 3;
+        let best = answers.max_by(|&a, &b| ours[a].unwrap().total_cmp(&ours[b].unwrap()));
+        right[best.unwrap()] == Some(true)
+    });
+    assert_eq!((ours.len(), best.count()), (300, 100));
+}

@@ -1,5 +1,6 @@
 //! The program as its users run it: the real binary, real files, exit codes and messages.
 
+mod constrained;
 mod errors;
 mod formats;
 mod generate;
@@ -9,4 +10,5 @@ mod job_files;
 mod jobs;
 mod kills;
 mod prompts;
+mod row_params;
 mod support;

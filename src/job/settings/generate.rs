@@ -1,12 +1,16 @@
 //! The settings of `mistral-batch generate`.
 
-use clap::Args;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum, ValueHint};
 use schemars::JsonSchema;
+use serde_json::Value;
 
 use super::Job;
 use super::common::CommonSettings;
 use super::values::{Count, count};
-use crate::generation::SamplingParams;
+use crate::error::{Error, Result};
+use crate::generation::{Batching, Grammar, SamplingParams};
 use crate::job::{CommandSpec, DEFAULT_KV_CACHE_BYTES, GenerateOptions};
 
 /// Complete each prompt with a MistralForCausalLM checkpoint.
@@ -18,6 +22,7 @@ use crate::job::{CommandSpec, DEFAULT_KV_CACHE_BYTES, GenerateOptions};
 Examples:
   mistral-batch generate -i prompts.parquet --text-column prompt --model ./mistral-7b -o answers
   mistral-batch generate -i chats.jsonl --chat-column messages --model org/name-instruct --max-tokens 200 -o answers.jsonl
+  mistral-batch generate -i reviews.csv --prompt-template \"Review: {review} Sentiment:\" --choices positive,negative,mixed --model ./m -o rated.csv
   mistral-batch generate -i names.csv --prompt-template \"Write a haiku about {name}:\" --temperature 0.8 --top-p 0.95 --seed 7 --model ./m -o haikus.csv")]
 pub struct GenerateSettings {
     #[command(flatten)]
@@ -88,14 +93,68 @@ pub struct GenerateSettings {
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Generation")]
     seed: u64,
 
+    /// Complete with one of these texts, separated by commas; --choice takes one that has a comma
+    #[arg(
+        long,
+        value_name = "A,B,C",
+        value_delimiter = ',',
+        conflicts_with_all = ["json_schema", "regex"],
+        help_heading = "Constrained output"
+    )]
+    choices: Vec<String>,
+
+    /// One more choice, as it stands; repeatable
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["json_schema", "regex"], help_heading = "Constrained output")]
+    choice: Vec<String>,
+
+    /// Complete with JSON that is valid against the schema in this file
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with = "regex", help_heading = "Constrained output")]
+    json_schema: Option<PathBuf>,
+
+    /// Complete with a text that matches this regular expression as a whole
+    #[arg(long, value_name = "PATTERN", help_heading = "Constrained output")]
+    regex: Option<String>,
+
+    /// Struct column whose fields (max_tokens, temperature, top_p, stop, seed, …) override these flags row by row
+    #[arg(long, value_name = "COLUMN", help_heading = "Generation")]
+    params_column: Option<String>,
+
+    /// Refill a finished completion's place at once, or compute left-padded rectangles to their end, for comparison
+    #[arg(long, value_enum, value_name = "HOW", default_value = "in-flight", help_heading = "Running")]
+    batching: BatchingArg,
+
     /// Memory for keys and values of live completions, in bytes; accepts 512M and 2G
     #[arg(long, value_name = "BYTES", value_parser = count, default_value_t = DEFAULT_KV_CACHE_BYTES, help_heading = "Running")]
     #[schemars(with = "Count")]
     kv_cache_memory: u64,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum, JsonSchema)]
+#[schemars(rename_all = "kebab-case")]
+enum BatchingArg {
+    /// In flight: whoever ends makes room for the next in the very next step
+    InFlight,
+    /// The plain way: a padded rectangle waits for its longest completion
+    Static,
+}
+
 impl GenerateSettings {
-    pub(super) fn into_job(self) -> Job {
+    /// What completions have to be, if anything.
+    fn grammar(&self) -> Result<Option<Grammar>> {
+        let grammar = match (&self.json_schema, &self.regex) {
+            (Some(path), _) => Grammar::JsonSchema(read_schema(path)?),
+            (None, Some(pattern)) => Grammar::Regex(pattern.clone()),
+            (None, None) if self.choices.is_empty() && self.choice.is_empty() => return Ok(None),
+            (None, None) => Grammar::Choices(self.choices.iter().chain(&self.choice).cloned().collect()),
+        };
+        let place = self.json_schema.as_ref().map_or(String::new(), |path| format!(" {}", path.display()));
+        let failed = |message: String| Error::Usage(format!("{}{place}: {message}", grammar.flag()));
+        grammar.check().map_err(failed)?;
+        Ok(Some(grammar))
+    }
+
+    pub(super) fn into_job(self) -> Result<Job> {
+        let grammar = self.grammar()?;
         let params = SamplingParams {
             min_tokens: self.min_tokens,
             temperature: self.temperature,
@@ -111,13 +170,27 @@ impl GenerateSettings {
             seed: self.seed,
             ..SamplingParams::default()
         };
-        self.common.into_job(CommandSpec::Generate(GenerateOptions {
+        Ok(self.common.into_job(CommandSpec::Generate(GenerateOptions {
             params,
             max_tokens: self.max_tokens.map(|tokens| tokens as usize),
             stop_token_ids: self.stop_token_ids,
             ignore_eos: self.ignore_eos,
             samples: self.n,
+            params_column: self.params_column,
+            batching: match self.batching {
+                BatchingArg::InFlight => Batching::InFlight,
+                BatchingArg::Static => Batching::Static,
+            },
+            grammar,
             kv_cache_bytes: self.kv_cache_memory,
-        }))
+        })))
     }
+}
+
+/// A JSON schema without what is of no matter in it: the order of its keys is, since it is the output's.
+fn read_schema(path: &Path) -> Result<String> {
+    let failed = |message: String| Error::Usage(format!("--json-schema {}: {message}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
+    let schema: Value = serde_json::from_str(&text).map_err(|error| failed(format!("no JSON: {error}")))?;
+    Ok(schema.to_string())
 }

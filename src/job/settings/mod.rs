@@ -16,6 +16,7 @@ mod values;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use super::spec::JobSpec;
+use crate::error::Result;
 
 pub use classify::ClassifySettings;
 pub use embed::EmbedSettings;
@@ -50,13 +51,16 @@ pub struct Job {
 
 impl JobSettings {
     /// The job that these settings ask for.
-    pub fn into_job(self) -> Job {
+    ///
+    /// # Errors
+    /// [`Error::Usage`](crate::Error::Usage) when a pattern or a schema of completions is none.
+    pub fn into_job(self) -> Result<Job> {
         match self {
-            Self::Classify(settings) => settings.into_job(),
-            Self::Embed(settings) => settings.into_job(),
-            Self::Score(settings) => settings.into_job(),
+            Self::Classify(settings) => Ok(settings.into_job()),
+            Self::Embed(settings) => Ok(settings.into_job()),
+            Self::Score(settings) => Ok(settings.into_job()),
             Self::Generate(settings) => settings.into_job(),
-            Self::Tag(settings) => settings.into_job(),
+            Self::Tag(settings) => Ok(settings.into_job()),
         }
     }
 }
