@@ -1,0 +1,3 @@
+//! Evaluation: what a model's results are worth.
+
+pub mod metrics;
