@@ -22,7 +22,7 @@ const MAX_ROWS_IN_FLIGHT: usize = 16_384;
 
 /// A causal language model with what every row's completion is asked for.
 pub struct Generator {
-    model: CausalLm,
+    model: Arc<CausalLm>,
     params: Arc<SamplingParams>,
     /// Completions of each row.
     samples: u32,
@@ -48,8 +48,10 @@ pub fn generate_fields(samples: u32, logprobs: bool) -> Vec<Field> {
 
 impl Generator {
     /// A generator of `samples` completions a row.
-    pub fn new(model: CausalLm, params: SamplingParams, samples: u32, limits: SchedulerLimits) -> Self {
-        Self { model, params: Arc::new(params), samples, limits }
+    ///
+    /// The model may be shared with other generators.
+    pub fn new(model: impl Into<Arc<CausalLm>>, params: SamplingParams, samples: u32, limits: SchedulerLimits) -> Self {
+        Self { model: model.into(), params: Arc::new(params), samples, limits }
     }
 
     /// Begins to generate; `T` is what a caller wants back with each window's results.
@@ -57,7 +59,7 @@ impl Generator {
         Generation {
             generator: self,
             tokenizer,
-            scheduler: Scheduler::new(&self.model, tokenizer, self.limits),
+            scheduler: Scheduler::new(&*self.model, tokenizer, self.limits),
             windows: VecDeque::new(),
             first_row: 0,
             stats: InferStats::default(),

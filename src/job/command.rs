@@ -10,6 +10,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::generation::GenerateOptions;
+use super::models::ModelCache;
 use super::spec::{JobSpec, PromptSpec};
 use super::truth::TruthKind;
 use crate::engine::{Engine, generate_fields};
@@ -18,7 +19,7 @@ use crate::heads::{
     Aggregation, ClassifyOptions, EmbedOptions, Embedding, Head, Score, SequenceClassification, TagOptions, TaskKind,
     TokenClassification, check_architecture,
 };
-use crate::model::{Architecture, Checkpoint, MistralModel};
+use crate::model::{Architecture, Checkpoint};
 use crate::text::{Overflow, TextTokenizer};
 
 /// Tokens that neighbouring chunks share where nothing is said; a quarter of the limit where that is less.
@@ -113,7 +114,7 @@ impl CommandSpec {
         }
     }
 
-    /// Loads the model and the command's head.
+    /// Loads the command's head, and the model where `models` does not hold it.
     ///
     /// # Errors
     /// As [`CommandSpec::fields`], and when weights are unusable.
@@ -122,6 +123,7 @@ impl CommandSpec {
         spec: &JobSpec,
         checkpoint: &Checkpoint,
         tokenizer: TextTokenizer,
+        models: &ModelCache,
         device: &Device,
     ) -> Result<Engine> {
         let head: Box<dyn Head> = match self {
@@ -135,10 +137,10 @@ impl CommandSpec {
                 Box::new(TokenClassification::load(checkpoint, options.clone(), tokenizer.clone(), device)?)
             }
             Self::Generate(options) => {
-                return Ok(Engine::generating(options.generator(checkpoint, spec, device)?, tokenizer));
+                return Ok(Engine::generating(options.generator(checkpoint, spec, models, device)?, tokenizer));
             }
         };
-        Ok(Engine::new(MistralModel::load(checkpoint, device)?, head, tokenizer, spec.max_batch_tokens))
+        Ok(Engine::new(models.base(checkpoint, device)?, head, tokenizer, spec.max_batch_tokens))
     }
 
     /// How results compare with a truth column of type `truth`.

@@ -3,10 +3,11 @@
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::models::ModelCache;
 use super::spec::JobSpec;
 use crate::engine::Generator;
 use crate::error::{Error, Result};
-use crate::generation::{CausalLm, GenerationDefaults, SamplingParams, SchedulerLimits};
+use crate::generation::{GenerationDefaults, SamplingParams, SchedulerLimits};
 use crate::model::Checkpoint;
 use candle_core::Device;
 
@@ -67,17 +68,23 @@ impl GenerateOptions {
         Ok(json!({ "params": params, "n": self.samples }))
     }
 
-    /// Loads the model.
+    /// Loads the model where `models` does not hold it.
     ///
     /// # Errors
     /// As [`GenerateOptions::resolve`], and when weights are unusable.
-    pub fn generator(&self, checkpoint: &Checkpoint, spec: &JobSpec, device: &Device) -> Result<Generator> {
+    pub fn generator(
+        &self,
+        checkpoint: &Checkpoint,
+        spec: &JobSpec,
+        models: &ModelCache,
+        device: &Device,
+    ) -> Result<Generator> {
         let params = self.resolve(checkpoint)?;
         let limits = SchedulerLimits {
             kv_cache_bytes: usize::try_from(self.kv_cache_bytes).unwrap_or(usize::MAX),
             max_rows: MAX_LIVE_ROWS,
             prefill_tokens: spec.max_batch_tokens,
         };
-        Ok(Generator::new(CausalLm::load(checkpoint, device)?, params, self.samples, limits))
+        Ok(Generator::new(models.causal_lm(checkpoint, device)?, params, self.samples, limits))
     }
 }

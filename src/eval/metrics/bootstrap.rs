@@ -14,13 +14,20 @@ pub struct Bootstrap {
 }
 
 impl Bootstrap {
-    /// The statistic of each resample of `rows` rows; it is given row numbers, drawn with replacement.
-    pub fn values(&self, rows: usize, statistic: &(dyn Fn(&[usize]) -> f64 + Sync)) -> Vec<f64> {
-        if rows == 0 {
-            return Vec::new();
-        }
+    /// Several statistics of each resample of `rows` rows: `[statistic][resample]`.
+    ///
+    /// `statistics` is given row numbers, drawn with replacement, and gives `count` values.
+    pub fn values(
+        &self,
+        rows: usize,
+        count: usize,
+        statistics: &(dyn Fn(&[usize]) -> Vec<f64> + Sync),
+    ) -> Vec<Vec<f64>> {
+        let resamples = if rows == 0 { 0 } else { self.resamples };
         let draw = |resample| -> Vec<usize> { (0..rows).map(|n| self.row(resample, n as u64, rows as u64)).collect() };
-        (0..self.resamples).into_par_iter().map(|resample| statistic(&draw(resample))).collect()
+        let resampled: Vec<Vec<f64>> =
+            (0..resamples).into_par_iter().map(|resample| statistics(&draw(resample))).collect();
+        (0..count).map(|statistic| resampled.iter().map(|values| values[statistic]).collect()).collect()
     }
 
     /// The interval that holds the middle `confidence` of resampled values; `None` where too few of them are numbers.

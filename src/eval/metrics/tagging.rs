@@ -2,13 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde::Deserialize;
+
 use super::Hits;
 
 /// An entity: first position, the one after the last, type. Positions count tags or characters.
 pub type Span = (usize, usize, String);
 
 /// What an `I-` tag means that does not go on with an entity of its type.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum BioMode {
     /// It is no entity: seqeval's `mode="strict", scheme=IOB2`.
     #[default]

@@ -220,7 +220,11 @@ fn the_bootstrap_equals_numpy_on_the_same_draws_and_scipy_on_others() {
     let (values, other) = (floats(&golden["values"]), floats(&golden["other"]));
     let seed = golden["seed"].as_u64().unwrap();
     let bootstrap = Bootstrap { resamples: golden["resamples"].as_u64().unwrap(), confidence: 0.95, seed };
-    let means = bootstrap.values(values.len(), &|rows| mean(rows.iter().map(|&row| values[row])));
+    let means_of = |bootstrap: Bootstrap, values: &[f64]| {
+        let mean_of = |rows: &[usize]| vec![mean(rows.iter().map(|&row| values[row]))];
+        bootstrap.values(values.len(), 1, &mean_of).remove(0)
+    };
+    let means = means_of(bootstrap, &values);
     for (ours, theirs) in means.iter().zip(list(&golden["means"])) {
         assert_close(*ours, theirs, "mean of a resample");
     }
@@ -231,8 +235,7 @@ fn the_bootstrap_equals_numpy_on_the_same_draws_and_scipy_on_others() {
     }
 
     let many = Bootstrap { resamples: 20_000, ..bootstrap };
-    let means = |values: &[f64]| many.values(values.len(), &|rows| mean(rows.iter().map(|&row| values[row])));
-    let (first, second) = (means(&values), means(&other));
+    let (first, second) = (means_of(many, &values), means_of(many, &other));
     let (low, high) = many.interval(&first).unwrap();
     let theirs = floats(&golden["scipy_interval_95"]);
     assert!((low - theirs[0]).abs() < 2e-3 && (high - theirs[1]).abs() < 2e-3, "{low} {high} {theirs:?}");
@@ -249,7 +252,8 @@ fn draws_differ_by_seed_resample_and_place() {
     let firsts: BTreeSet<u64> = (0..1000).map(split_mix).collect();
     assert_eq!(firsts.len(), 1000);
     let bootstrap = |seed| Bootstrap { resamples: 3, confidence: 0.95, seed };
-    let sums = |seed| bootstrap(seed).values(1000, &|rows| rows.iter().map(|&row| (row * row) as f64).sum());
+    let squares = |rows: &[usize]| vec![rows.iter().map(|&row| (row * row) as f64).sum()];
+    let sums = |seed| bootstrap(seed).values(1000, 1, &squares).remove(0);
     let (one, two) = (sums(1), sums(2));
     assert_eq!(one, sums(1));
     assert!(one[0] != one[1] && one[1] != one[2] && one[0] != two[0]);
