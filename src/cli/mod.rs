@@ -1,15 +1,10 @@
 //! The command line: flags become typed specifications once; one file a command.
 
-mod classify;
-mod common;
 mod completions;
-mod embed;
-mod generate;
 mod inspect;
+mod job;
 mod progress;
-mod score;
-mod tag;
-mod values;
+mod run;
 
 use std::any::Any;
 use std::ffi::OsString;
@@ -21,6 +16,7 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::{Error, ExitCode, Result, one_line};
+use crate::job::JobSettings;
 
 /// Runs Mistral models over whole datasets, offline: Parquet, Arrow, CSV or JSONL in; the same rows with their results out.
 #[derive(Debug, Parser)]
@@ -32,12 +28,9 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Classify(Box<classify::ClassifyArgs>),
-    Embed(Box<embed::EmbedArgs>),
-    Score(Box<score::ScoreArgs>),
-    Generate(Box<generate::GenerateArgs>),
-    #[command(visible_alias = "token-classify")]
-    Tag(Box<tag::TagArgs>),
+    #[command(flatten)]
+    Job(JobSettings),
+    Run(run::RunArgs),
     Inspect(inspect::InspectArgs),
     Completions(completions::CompletionsArgs),
 }
@@ -115,11 +108,8 @@ fn environment_variable(arg: &clap::Arg) -> Option<String> {
 impl Cli {
     fn run(self) -> Result<()> {
         match self.command {
-            Command::Classify(args) => args.run(),
-            Command::Embed(args) => args.run(),
-            Command::Score(args) => args.run(),
-            Command::Generate(args) => args.run(),
-            Command::Tag(args) => args.run(),
+            Command::Job(settings) => job::run(settings.into_job()),
+            Command::Run(args) => args.run(),
             Command::Inspect(args) => args.run(),
             Command::Completions(args) => args.run(),
         }

@@ -6,27 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use clap::ValueEnum;
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use crate::batch::Padding;
-use crate::job::{Counters, RunControl, RunReport};
-
-/// How progress is shown.
-#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
-pub enum ProgressMode {
-    /// A bar on a terminal, plain lines elsewhere
-    Auto,
-    /// A bar
-    Bar,
-    /// A line from time to time
-    Plain,
-    /// A JSON object a line
-    Json,
-    /// Nothing but the summary
-    None,
-}
+use crate::job::{Counters, MessageSettings, ProgressMode, RunControl, RunReport};
 
 const BAR_INTERVAL: Duration = Duration::from_millis(200);
 const JSON_INTERVAL: Duration = Duration::from_secs(1);
@@ -56,8 +40,9 @@ struct Snapshot {
 
 impl Display {
     /// Begins to show the progress of the run behind `control`.
-    pub fn start(mode: ProgressMode, quiet: bool, verbose: bool, control: Arc<RunControl>) -> Self {
-        let mode = match mode {
+    pub fn start(messages: &MessageSettings, control: Arc<RunControl>) -> Self {
+        let (quiet, verbose) = (messages.quiet, messages.verbose);
+        let mode = match messages.progress.unwrap_or(ProgressMode::Auto) {
             _ if quiet => ProgressMode::None,
             ProgressMode::Auto if stderr().is_terminal() => ProgressMode::Bar,
             ProgressMode::Auto => ProgressMode::Plain,

@@ -1,10 +1,11 @@
-//! `mistral-batch generate`.
+//! The settings of `mistral-batch generate`.
 
 use clap::Args;
+use schemars::JsonSchema;
 
-use super::common::CommonArgs;
-use super::values::count;
-use crate::error::Result;
+use super::Job;
+use super::common::CommonSettings;
+use super::values::{Count, count};
 use crate::generation::SamplingParams;
 use crate::job::{CommandSpec, DEFAULT_KV_CACHE_BYTES, GenerateOptions};
 
@@ -12,15 +13,16 @@ use crate::job::{CommandSpec, DEFAULT_KV_CACHE_BYTES, GenerateOptions};
 ///
 /// Appends completion, finish_reason (stop or length), prompt_tokens, completion_tokens, num_tokens, truncated and error to
 /// the input's columns. Greedy unless --temperature is given. Prompts that are too long lose their beginning.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args, JsonSchema)]
 #[command(after_help = "\
 Examples:
   mistral-batch generate -i prompts.parquet --text-column prompt --model ./mistral-7b -o answers
   mistral-batch generate -i chats.jsonl --chat-column messages --model org/name-instruct --max-tokens 200 -o answers.jsonl
   mistral-batch generate -i names.csv --prompt-template \"Write a haiku about {name}:\" --temperature 0.8 --top-p 0.95 --seed 7 --model ./m -o haikus.csv")]
-pub struct GenerateArgs {
+pub struct GenerateSettings {
     #[command(flatten)]
-    common: CommonArgs,
+    #[schemars(flatten)]
+    common: CommonSettings,
 
     /// Tokens of a completion at most [default: what generation_config.json says, else 256]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Generation")]
@@ -88,11 +90,12 @@ pub struct GenerateArgs {
 
     /// Memory for keys and values of live completions, in bytes; accepts 512M and 2G
     #[arg(long, value_name = "BYTES", value_parser = count, default_value_t = DEFAULT_KV_CACHE_BYTES, help_heading = "Running")]
+    #[schemars(with = "Count")]
     kv_cache_memory: u64,
 }
 
-impl GenerateArgs {
-    pub fn run(self) -> Result<()> {
+impl GenerateSettings {
+    pub(super) fn into_job(self) -> Job {
         let params = SamplingParams {
             min_tokens: self.min_tokens,
             temperature: self.temperature,
@@ -108,7 +111,7 @@ impl GenerateArgs {
             seed: self.seed,
             ..SamplingParams::default()
         };
-        self.common.run(CommandSpec::Generate(GenerateOptions {
+        self.common.into_job(CommandSpec::Generate(GenerateOptions {
             params,
             max_tokens: self.max_tokens.map(|tokens| tokens as usize),
             stop_token_ids: self.stop_token_ids,
