@@ -1,6 +1,7 @@
 //! The command line: flags become typed specifications once; one file a command.
 
 mod completions;
+mod eval;
 mod inspect;
 mod job;
 mod progress;
@@ -31,6 +32,7 @@ enum Command {
     #[command(flatten)]
     Job(JobSettings),
     Run(run::RunArgs),
+    Eval(eval::EvalArgs),
     Inspect(inspect::InspectArgs),
     Completions(completions::CompletionsArgs),
 }
@@ -110,6 +112,7 @@ impl Cli {
         match self.command {
             Command::Job(settings) => job::run(settings.into_job()),
             Command::Run(args) => args.run(),
+            Command::Eval(args) => args.run(),
             Command::Inspect(args) => args.run(),
             Command::Completions(args) => args.run(),
         }

@@ -152,7 +152,9 @@ fn complete_job(task: &TaskFile, job: &mut Table) -> Result<(), String> {
             match job.get("overflow").and_then(Value::as_str) {
                 None | Some("error") => job.insert("overflow".into(), "error".into()),
                 Some(_) => {
-                    return Err("overflow: perplexity needs whole texts; longer ones fail (overflow = \"error\")".into());
+                    return Err(
+                        "overflow: perplexity needs whole texts; longer ones fail (overflow = \"error\")".into()
+                    );
                 }
             };
         }

@@ -11,5 +11,6 @@ pub mod report;
 pub mod results;
 pub mod scoring;
 pub mod spec;
+pub mod sweep;
 
 pub use spec::{SweepFile, TaskKind};
