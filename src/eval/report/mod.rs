@@ -153,7 +153,7 @@ fn summary_table(page: &mut String, runs: &[&TaskRun], keys: &[&String]) {
     }
     *page += "<th class=\"number\">n</th>";
     for &column in &columns {
-        let name = runs.first().map(|run| run.values[column].measure.name.replace('_', " ")).unwrap_or_default();
+        let name = runs.first().map(|run| heading(run.values[column].measure.name)).unwrap_or_default();
         let _ = write!(page, "<th class=\"number\">{name}</th>");
     }
     *page += "<th class=\"number\">tokens/s</th></tr></thead>\n<tbody>\n";
@@ -192,7 +192,7 @@ fn best_value(runs: &[&TaskRun], column: usize) -> Option<f64> {
 fn with_interval(value: &MeasuredValue) -> String {
     let interval = value.interval.filter(|_| value.measure.better != Better::Neither);
     let interval =
-        interval.map(|(low, high)| format!("<span class=\"interval\">{}–{}</span>", number(low), number(high)));
+        interval.map(|(low, high)| format!("<span class=\"interval\">{} – {}</span>", number(low), number(high)));
     format!("{}{}", number(value.value), interval.unwrap_or_default())
 }
 
@@ -286,12 +286,22 @@ fn figure(page: &mut String, caption: &str, svg: &str) {
     let _ = writeln!(page, "<figure>{svg}<figcaption>{}</figcaption></figure>", escape(caption));
 }
 
+/// The name of a measure in few characters.
+fn heading(name: &str) -> String {
+    match name {
+        "expected_calibration_error" => "ECE".to_owned(),
+        "matthews_correlation" => "MCC".to_owned(),
+        other => other.replace('_', " "),
+    }
+}
+
 /// A value in few digits.
 fn number(value: f64) -> String {
     match value.abs() {
         _ if value.is_nan() => "–".to_owned(),
         size if size >= 1e6 => format!("{value:.3e}"),
         size if size >= 100.0 && value.fract() == 0.0 => format!("{value:.0}"),
+        size if size >= 1000.0 => format!("{value:.0}"),
         size if size >= 10.0 => format!("{value:.2}"),
         _ => format!("{value:.4}"),
     }

@@ -51,7 +51,7 @@ pub fn intervals(axis: &str, points: &[Point]) -> Result<String> {
             .margin(8)
             .margin_right(24)
             .x_label_area_size(44)
-            .y_label_area_size((longest * 7 + 12) as u32)
+            .y_label_area_size((longest * 6 + 14) as u32)
             .build_cartesian_2d(low..high, lines - 0.5..-0.5)
             .map_err(bug)?;
         chart
@@ -94,7 +94,7 @@ pub fn reliability(bins: &[ReliabilityBin]) -> Result<String> {
     let filled: Vec<&ReliabilityBin> = bins.iter().filter(|bin| bin.rows > 0).collect();
     let most = filled.iter().map(|bin| bin.rows).max().unwrap_or(1) as f64;
     draw(SQUARE, SQUARE, |area| {
-        let mut chart = framed(area, 0.0..1.0, 0.0..1.0, "confidence", "accuracy")?;
+        let mut chart = framed(area, 0.0..1.05, 0.0..1.05, "confidence", "accuracy")?;
         chart.draw_series(LineSeries::new([(0.0, 0.0), (1.0, 1.0)], GRAY.stroke_width(1))).map_err(bug)?;
         let line = filled.iter().map(|bin| (bin.confidence, bin.accuracy));
         chart.draw_series(LineSeries::new(line, BLUE.stroke_width(2))).map_err(bug)?;
@@ -119,11 +119,13 @@ pub fn speed_and_value(axis: &str, points: &[SpeedPoint]) -> Result<String> {
     let fastest = known.iter().map(|point| point.tokens_per_second).fold(1.0, f64::max);
     draw(SQUARE, SQUARE, |area| {
         let mut chart = framed(area, 0.0..1.1 * fastest, low..high, "tokens/s", axis)?;
+        let bars =
+            known.iter().filter_map(|point| Some((point.tokens_per_second, point.point.value, point.point.interval?)));
+        let bars =
+            bars.map(|(x, value, (from, to))| ErrorBar::new_vertical(x, from, value, to, PALE.stroke_width(2), 8));
+        chart.draw_series(bars).map_err(bug)?;
+        // Dots and numbers come last, so that no bar hides them.
         for SpeedPoint { tokens_per_second: x, point } in known {
-            if let Some((from, to)) = point.interval {
-                let bar = ErrorBar::new_vertical(*x, from, point.value, to, PALE.stroke_width(2), 8);
-                chart.draw_series([bar]).map_err(bug)?;
-            }
             let dot = EmptyElement::at((*x, point.value))
                 + Circle::new((0, 0), 4, ORANGE.filled())
                 + Text::new(point.label.clone(), (7, -14), (FONT, 13).into_font().color(&INK));
