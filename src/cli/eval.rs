@@ -62,7 +62,7 @@ impl EvalArgs {
         let plan = SweepPlan::new(&self.sweep, &Variables::new(BTreeMap::from_iter(self.set)))?;
         plan.devices.iter().try_for_each(|device| check_device(device))?;
         if self.dry_run {
-            plan.describe()?.iter().for_each(|line| eprintln!("{line}"));
+            plan.describe().iter().for_each(|line| eprintln!("{line}"));
             return Ok(());
         }
         use_threads(plan.threads)?;

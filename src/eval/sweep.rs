@@ -25,7 +25,7 @@ use super::spec::{DEFAULT_CONFIDENCE, DEFAULT_RESAMPLES, SweepFile, TaskFile, Ta
 use crate::data::commit::{OutputLock, create_dirs_durably};
 use crate::data::sink::OnExisting;
 use crate::error::{Error, Result, nearest_name};
-use crate::job::{self, Job, JobFile, JobSpec, ModelCache, PromptSpec, RunControl, Variables};
+use crate::job::{self, Job, JobFile, JobIdentity, JobSpec, ModelCache, PromptSpec, RunControl, Variables};
 
 /// The file that marks a folder as a sweep's.
 const MARK_NAME: &str = "_sweep.json";
@@ -55,6 +55,8 @@ pub struct SweepPlan {
 struct PlannedCell {
     cell: CellTask,
     spec: JobSpec,
+    /// What job that is; a prepared input is written before it can be told.
+    identity: Option<JobIdentity>,
     extract: Option<Regex>,
     /// The prepared input of a multiple-choice task: its place and its rows.
     prepared: Option<(PathBuf, RecordBatch)>,
@@ -107,10 +109,7 @@ impl SweepPlan {
     }
 
     /// The cells in words, one a line.
-    ///
-    /// # Errors
-    /// As checking each cell's job gives.
-    pub fn describe(&self) -> Result<Vec<String>> {
+    pub fn describe(&self) -> Vec<String> {
         let mut lines = Vec::new();
         let mut keys = Vec::new();
         for planned in &self.cells {
@@ -118,12 +117,11 @@ impl SweepPlan {
             let settings: Vec<String> =
                 planned.cell.matrix.iter().map(|(key, value)| format!("{key} = {value}")).collect();
             let settings = if settings.is_empty() { String::new() } else { format!(", {}", settings.join(", ")) };
-            let (rows, key) = match &planned.prepared {
-                // Its job's input is not written yet, so that the job has no fingerprint.
-                Some((place, rows)) => (rows.num_rows() as u64, format!("{} {:?}", place.display(), planned.spec)),
-                None => {
-                    let identity = self.identify(planned)?;
-                    (identity.rows, prediction_name(&task.name, &identity))
+            let (rows, key) = match (&planned.identity, &planned.prepared) {
+                (Some(identity), _) => (identity.rows, prediction_name(&task.name, identity)),
+                (None, prepared) => {
+                    let rows = prepared.as_ref().map_or(0, |(_, rows)| rows.num_rows() as u64);
+                    (rows, format!("{:?}", planned.spec))
                 }
             };
             if !keys.contains(&key) {
@@ -134,21 +132,7 @@ impl SweepPlan {
             lines.push(format!("cell {cell}: {}, {rows} rows, predictions {number}{settings}", task.name));
         }
         lines.push(format!("{} runs of {} different predictions", self.cells.len(), keys.len()));
-        Ok(lines)
-    }
-
-    fn identify(&self, planned: &PlannedCell) -> Result<job::JobIdentity> {
-        let task = &self.sweep.tasks[planned.cell.task];
-        let identity = job::identify(&planned.spec)?;
-        if let Some(column) = task.truth_column.as_deref().filter(|_| planned.prepared.is_none())
-            && identity.output_schema.field_with_name(column).is_err()
-        {
-            let names = identity.output_schema.fields().iter().map(|field| field.name().as_str());
-            let hint = nearest_name(column, names).map_or(String::new(), |name| format!("; did you mean '{name}'?"));
-            let message = format!("task '{}': truth_column: no column '{column}'{hint}", task.name);
-            return Err(Error::config(&self.path, message));
-        }
-        Ok(identity)
+        lines
     }
 
     fn bootstrap(&self) -> Bootstrap {
@@ -178,7 +162,10 @@ impl SweepPlan {
                 create_dirs_durably(&self.output.join(PREPARED))?;
                 write_table(place, rows)?;
             }
-            let identity = self.identify(planned)?;
+            let identity = match &planned.identity {
+                Some(identity) => identity.clone(),
+                None => job::identify(&planned.spec)?,
+            };
             let name = prediction_name(&task.name, &identity);
             let folder = self.output.join(PREDICTIONS).join(&name);
             if !done.contains_key(&name) {
@@ -320,7 +307,18 @@ fn plan_cell(file: &JobFile, dir: &Path, output: &Path, task: &TaskFile, cell: C
     }
     if task.kind != TaskKind::MultipleChoice {
         let job = derive(file, &table)?;
-        return Ok((PlannedCell { cell, spec: job.spec.clone(), extract, prepared: None }, job));
+        let identity = job::identify(&job.spec)?;
+        if let Some(column) = task.truth_column.as_deref()
+            && identity.output_schema.field_with_name(column).is_err()
+        {
+            let names = identity.output_schema.fields().iter().map(|field| field.name().as_str());
+            let hint = nearest_name(column, names).map_or(String::new(), |name| format!("; did you mean '{name}'?"));
+            return Err(Error::Usage(format!("truth_column: no column '{column}'{hint}")));
+        }
+        return Ok((
+            PlannedCell { cell, spec: job.spec.clone(), identity: Some(identity), extract, prepared: None },
+            job,
+        ));
     }
 
     let job = derive(file, &table)?;
@@ -345,7 +343,7 @@ fn plan_cell(file: &JobFile, dir: &Path, output: &Path, task: &TaskFile, cell: C
     table.insert("context_column".into(), CHOICE_COLUMNS.context.into());
     table.insert("continuation_column".into(), CHOICE_COLUMNS.continuation.into());
     let job = derive(file, &table)?;
-    Ok((PlannedCell { cell, spec: job.spec.clone(), extract, prepared: Some((place, rows)) }, job))
+    Ok((PlannedCell { cell, spec: job.spec.clone(), identity: None, extract, prepared: Some((place, rows)) }, job))
 }
 
 /// The rows as CSV, to be told by their content.
@@ -408,7 +406,7 @@ fn pattern_error(error: &regex::Error) -> String {
 }
 
 /// The name of a prediction: its task, and what it is made of.
-fn prediction_name(task: &str, identity: &job::JobIdentity) -> String {
+fn prediction_name(task: &str, identity: &JobIdentity) -> String {
     let digest = hex(&Sha256::digest(format!("{} {}", identity.fingerprint, identity.rows_digest)));
     format!("{task}-{}", &digest[..KEY_DIGITS])
 }

@@ -213,3 +213,15 @@ fn a_wrong_sweep_is_refused_with_what_to_do() {
     scratch.write("out/mine.txt", "not a sweep's");
     assert!(fail(73, &["eval", &sweep]).contains("not a sweep's"));
 }
+
+/// `MISTRAL_BATCH_WRITE_SCHEMAS=1 cargo test --release --test cli eval` writes it anew.
+#[test]
+fn the_schema_of_sweep_files_is_that_of_the_types() {
+    let path = project("schemas/sweep.schema.json");
+    let schema = schemars::schema_for!(mistral_batch::eval::SweepFile);
+    let schema = serde_json::to_string_pretty(&schema).unwrap() + "\n";
+    if std::env::var_os("MISTRAL_BATCH_WRITE_SCHEMAS").is_some() {
+        std::fs::write(&path, &schema).unwrap();
+    }
+    assert_eq!(std::fs::read_to_string(path).unwrap(), schema, "run the test with MISTRAL_BATCH_WRITE_SCHEMAS=1");
+}
