@@ -233,10 +233,11 @@ mod tests {
             [point("0 <b>&", 0.5, Some((0.4, 0.6))), point("1", f64::NAN, None), point("2", 0.9, Some((0.9, 0.9)))];
         let svg = intervals("accuracy", &points).unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
-        assert_eq!(svg.matches("<circle").count(), 2);
+        // Two known points, and the dot in the middle of each one's error bar.
+        assert_eq!(svg.matches("<circle").count(), 4);
         assert!(!svg.contains("<b>"), "a label became markup");
         let speeds = points.map(|point| SpeedPoint { tokens_per_second: 10.0, point });
-        assert_eq!(speed_and_value("accuracy", &speeds).unwrap().matches("<circle").count(), 2);
+        assert_eq!(speed_and_value("accuracy", &speeds).unwrap().matches("<circle").count(), 4);
         assert!(intervals("nothing", &[]).is_ok());
     }
 
