@@ -33,6 +33,12 @@ pub struct Predictions<'a> {
     pub truth_column: &'a str,
 }
 
+/// Values of some rows, by their numbers.
+pub type Evaluate = Box<dyn Fn(&[usize]) -> Vec<f64> + Send + Sync>;
+
+/// The labels of a row with their scores.
+type LabelScores = Vec<(String, f64)>;
+
 /// What can be measured on some predictions.
 pub struct Outcome {
     /// Rows or documents, which resampling draws from.
@@ -42,7 +48,7 @@ pub struct Outcome {
     /// What is measured; the first is what the task is about.
     pub measures: Vec<Measure>,
     /// The measures' values on some of the rows, given by number; a row may come several times.
-    pub evaluate: Box<dyn Fn(&[usize]) -> Vec<f64> + Send + Sync>,
+    pub evaluate: Evaluate,
     /// Whether each row is right; the first measure is then the share of those that are.
     pub correct: Option<Vec<Option<bool>>>,
     /// Classes and the counts of rows by true and predicted class.
@@ -171,10 +177,10 @@ fn lists(column: &ArrayRef) -> Result<Option<ListArray>> {
 }
 
 /// The (label, score) entries of each row.
-fn label_scores(column: &ArrayRef) -> Result<Vec<Option<Vec<(String, f64)>>>> {
+fn label_scores(column: &ArrayRef) -> Result<Vec<Option<LabelScores>>> {
     let unreadable = || Error::Internal(format!("scores in a {} column", column.data_type()));
     let lists = lists(column)?.ok_or_else(unreadable)?;
-    let row = |entries: ArrayRef| -> Result<Vec<(String, f64)>> {
+    let row = |entries: ArrayRef| -> Result<LabelScores> {
         let entries = entries.as_struct_opt().ok_or_else(unreadable)?;
         let (labels, scores) = (texts(entries.column(0))?, numbers(entries.column(1))?);
         Ok(labels.iter().zip(scores).filter_map(|(label, score)| Some((label?.to_owned(), score?))).collect())
