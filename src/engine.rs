@@ -37,7 +37,7 @@ pub struct Engine {
 
 /// The two ways to work: a batch at a time, or a token at a time.
 enum Work {
-    Head { model: MistralModel, head: Box<dyn Head>, packer: Packer },
+    Head { model: Arc<MistralModel>, head: Box<dyn Head>, packer: Packer },
     Generate(Generator),
 }
 
@@ -109,7 +109,15 @@ pub trait BatchObserver {
 
 impl Engine {
     /// An engine that packs batches of at most `max_batch_tokens` padded tokens.
-    pub fn new(model: MistralModel, head: Box<dyn Head>, tokenizer: TextTokenizer, max_batch_tokens: usize) -> Self {
+    ///
+    /// The model may be shared with other engines.
+    pub fn new(
+        model: impl Into<Arc<MistralModel>>,
+        head: Box<dyn Head>,
+        tokenizer: TextTokenizer,
+        max_batch_tokens: usize,
+    ) -> Self {
+        let model = model.into();
         let pad_token_id = model.config().pad_token_id.unwrap_or(0);
         let packer = Packer::new(max_batch_tokens, pad_token_id);
         Self { tokenizer, work: Work::Head { model, head, packer } }

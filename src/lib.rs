@@ -21,13 +21,14 @@
 //!
 //! # Floors
 //!
-//! Modules import strictly downwards: error · batch, kernels · data, text, model · heads · generation · engine · job · cli.
+//! Modules import strictly downwards: error · batch, kernels · data, text, model · heads · generation · engine · job · eval · cli.
 
 pub mod batch;
 pub mod cli;
 pub mod data;
 pub mod engine;
 pub mod error;
+pub mod eval;
 pub mod generation;
 pub mod heads;
 pub mod job;

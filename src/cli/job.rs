@@ -56,7 +56,7 @@ fn check(spec: &JobSpec, messages: &MessageSettings) -> Result<()> {
     super::print(&(report.lines().join("\n") + "\n"))
 }
 
-fn use_threads(threads: Option<u64>) -> Result<()> {
+pub(super) fn use_threads(threads: Option<u64>) -> Result<()> {
     let Some(threads) = threads else { return Ok(()) };
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads as usize)
@@ -64,7 +64,7 @@ fn use_threads(threads: Option<u64>) -> Result<()> {
         .map_err(|error| Error::Usage(format!("--threads {threads}: {error}")))
 }
 
-fn check_device(device: &str) -> Result<()> {
+pub(super) fn check_device(device: &str) -> Result<()> {
     match device {
         "auto" | "cpu" => Ok(()),
         cuda if cuda.starts_with("cuda") => Err(Error::Device {
@@ -76,7 +76,7 @@ fn check_device(device: &str) -> Result<()> {
 }
 
 /// The first SIGINT or SIGTERM lets the run stop cleanly; a second one ends the process at once.
-async fn stop_on_signals(control: Arc<RunControl>) {
+pub(super) async fn stop_on_signals(control: Arc<RunControl>) {
     let (Ok(mut interrupts), Ok(mut terminations)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {
         return;

@@ -1,6 +1,7 @@
 //! The command line: flags become typed specifications once; one file a command.
 
 mod completions;
+mod eval;
 mod inspect;
 mod job;
 mod progress;
@@ -35,6 +36,7 @@ enum Command {
     Check(run::CheckArgs),
     #[command(hide = true)]
     Schemas(schemas::SchemasArgs),
+    Eval(eval::EvalArgs),
     Inspect(inspect::InspectArgs),
     Completions(completions::CompletionsArgs),
 }
@@ -116,6 +118,7 @@ impl Cli {
             Command::Run(args) => args.run(),
             Command::Check(args) => args.run(),
             Command::Schemas(args) => args.run(),
+            Command::Eval(args) => args.run(),
             Command::Inspect(args) => args.run(),
             Command::Completions(args) => args.run(),
         }

@@ -63,14 +63,19 @@ impl Display {
         Self { mode, quiet, bar, done, thread: Some(thread) }
     }
 
-    /// Ends the display with the run's summary; errors are told elsewhere.
-    pub fn finish(mut self, report: &RunReport) {
+    /// Ends the display.
+    pub fn close(&mut self) {
         self.done.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             // A display that panicked has nothing more to show, and the run's result stands.
             let _ = thread.join();
         }
         self.bar.finish_and_clear();
+    }
+
+    /// Ends the display with the run's summary; errors are told elsewhere.
+    pub fn finish(mut self, report: &RunReport) {
+        self.close();
         if self.quiet {
             return;
         }

@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::error::{Error, Result};
+use crate::eval;
 use crate::job::schema;
 
-/// Write the JSON Schemas of job files and the commands' output columns.
+/// Write the JSON Schemas of job files, of sweep files and of the commands' output columns.
 #[derive(Debug, Args)]
 pub struct SchemasArgs {
     /// Folder to write them to
@@ -18,7 +19,9 @@ pub struct SchemasArgs {
 
 impl SchemasArgs {
     pub fn run(self) -> Result<()> {
-        for (name, schema) in schema::files() {
+        let mut files = schema::files();
+        files.insert("sweep.schema.json".to_owned(), eval::spec::schema());
+        for (name, schema) in files {
             let path = self.write.join(name);
             if let Some(folder) = path.parent() {
                 fs::create_dir_all(folder).map_err(Error::io("create", folder))?;

@@ -25,7 +25,7 @@ const MAX_ROWS_IN_FLIGHT: usize = 16_384;
 
 /// A causal language model with what every row's completion is asked for.
 pub struct Generator {
-    model: CausalLm,
+    model: Arc<CausalLm>,
     params: Arc<SamplingParams>,
     /// Completions of each row.
     samples: u32,
@@ -103,8 +103,10 @@ pub fn generate_fields(samples: u32, logprobs: bool) -> Vec<Field> {
 
 impl Generator {
     /// A generator of `samples` completions a row.
-    pub fn new(model: CausalLm, params: SamplingParams, samples: u32, limits: SchedulerLimits) -> Self {
-        Self { model, params: Arc::new(params), samples, limits, batching: Batching::default() }
+    ///
+    /// The model may be shared with other generators.
+    pub fn new(model: impl Into<Arc<CausalLm>>, params: SamplingParams, samples: u32, limits: SchedulerLimits) -> Self {
+        Self { model: model.into(), params: Arc::new(params), samples, limits, batching: Batching::default() }
     }
 
     /// The same, batched in another way.
@@ -118,8 +120,8 @@ impl Generator {
             generator: self,
             tokenizer,
             scheduler: match self.batching {
-                Batching::InFlight => Batches::InFlight(Scheduler::new(&self.model, tokenizer, self.limits)),
-                Batching::Static => Batches::Static(StaticBatches::new(&self.model, tokenizer, self.limits)),
+                Batching::InFlight => Batches::InFlight(Scheduler::new(&*self.model, tokenizer, self.limits)),
+                Batching::Static => Batches::Static(StaticBatches::new(&*self.model, tokenizer, self.limits)),
             },
             windows: VecDeque::new(),
             first_row: 0,

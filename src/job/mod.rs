@@ -5,6 +5,7 @@ mod command;
 mod control;
 mod generation;
 pub mod job_file;
+mod models;
 mod pipeline;
 mod plan;
 mod prompts;
@@ -14,7 +15,7 @@ mod runner;
 pub mod schema;
 pub mod settings;
 mod spec;
-mod truth;
+pub mod truth;
 mod variables;
 
 pub use check::{CheckReport, check};
@@ -22,8 +23,9 @@ pub use command::{CommandSpec, ContinuationColumns, DEFAULT_STRIDE, ScoreOptions
 pub use control::{Counters, RunControl};
 pub use generation::{DEFAULT_KV_CACHE_BYTES, GenerateOptions};
 pub use job_file::JobFile;
+pub use models::ModelCache;
 pub use report::{RunDetails, RunReport, UnitCounts};
-pub use runner::run;
+pub use runner::{JobIdentity, identify, run, run_sharing};
 pub use settings::{Job, JobSettings, MessageSettings, ProgressMode};
 pub use spec::{DEFAULT_MAX_BATCH_TOKENS, JobSpec, PromptSpec};
 pub use variables::Variables;

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use arrow::datatypes::SchemaRef;
 use candle_core::Device;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::control::{Counters, RunControl};
+use super::models::ModelCache;
 use super::pipeline::{self, PipelineTotals};
 use super::plan::JobPlan;
 use super::report::{RunDetails, RunReport, UnitCounts};
@@ -22,6 +24,14 @@ use crate::text::TextTokenizer;
 /// # Errors
 /// Whatever stopped the job; what was committed until then stays, and the same job resumes from there.
 pub async fn run(spec: JobSpec, control: Arc<RunControl>) -> Result<RunReport> {
+    run_sharing(spec, control, Arc::new(ModelCache::default())).await
+}
+
+/// As [`run`], with the model of another job over the same checkpoint where `models` holds it.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_sharing(spec: JobSpec, control: Arc<RunControl>, models: Arc<ModelCache>) -> Result<RunReport> {
     let started = Instant::now();
     let spec = Arc::new(spec);
     let checked = {
@@ -38,7 +48,7 @@ pub async fn run(spec: JobSpec, control: Arc<RunControl>) -> Result<RunReport> {
     // Loaded before the output is touched, so that a checkpoint with bad weights leaves no trace there.
     let engine = {
         let spec = spec.clone();
-        join(spawn_blocking(move || spec.command.engine(&spec, &checkpoint, tokenizer, &Device::Cpu))).await?
+        join(spawn_blocking(move || spec.command.engine(&spec, &checkpoint, tokenizer, &models, &Device::Cpu))).await?
     };
     control.check()?;
     let opened = {
@@ -86,6 +96,33 @@ pub async fn run(spec: JobSpec, control: Arc<RunControl>) -> Result<RunReport> {
     join(spawn_blocking(move || sink.complete(summary))).await?;
     details.seconds = started.elapsed().as_secs_f64();
     Ok(RunReport::new(&spec, "done", Some(details)))
+}
+
+/// What a job is, known without a weight being read or its output being looked at.
+#[derive(Debug, Clone)]
+pub struct JobIdentity {
+    /// The plan's fingerprint: what determines results.
+    pub fingerprint: String,
+    /// Hex SHA-256 of the inputs and of how they are cut into units.
+    pub rows_digest: String,
+    /// Rows that are read, before any filter.
+    pub rows: u64,
+    /// Columns of the output.
+    pub output_schema: SchemaRef,
+}
+
+/// Checks `spec` against its data and its checkpoint, and tells what job it is.
+///
+/// # Errors
+/// Everything about a job that can be told to be wrong without computing, but for its output.
+pub fn identify(spec: &JobSpec) -> Result<JobIdentity> {
+    let plan = PlannedJob::new(spec)?.plan;
+    Ok(JobIdentity {
+        fingerprint: plan.file.fingerprint.clone(),
+        rows_digest: plan.file.rows_digest(),
+        rows: plan.file.rows,
+        output_schema: plan.output_schema.clone(),
+    })
 }
 
 /// A job that was checked and planned, before a weight is read or the output is touched.

@@ -2,6 +2,7 @@
 
 mod constrained;
 mod errors;
+mod eval;
 mod formats;
 mod generate;
 mod goldens;

@@ -63,6 +63,7 @@ pub struct CommonSettings {
     filter: Option<String>,
 
     /// Only the first N rows, counted after --where
+    #[schemars(range(min = 1))]
     #[arg(short = 'L', long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Data")]
     limit: Option<u64>,
 
@@ -75,6 +76,7 @@ pub struct CommonSettings {
     model: String,
 
     /// Tokens of a text, special tokens included [default: the checkpoint's limit]
+    #[schemars(range(min = 1))]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Model")]
     max_length: Option<u64>,
 
@@ -101,10 +103,12 @@ pub struct CommonSettings {
     max_batch_tokens: u64,
 
     /// Rows of a unit, which is committed as a whole [default: 4096, more for very large inputs]
+    #[schemars(range(min = 1))]
     #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Running")]
     unit_rows: Option<u64>,
 
     /// Threads to compute with [default: all cores]
+    #[schemars(range(min = 1))]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Running")]
     threads: Option<u64>,
 

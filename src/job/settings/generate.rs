@@ -30,6 +30,7 @@ pub struct GenerateSettings {
     common: CommonSettings,
 
     /// Tokens of a completion at most [default: what generation_config.json says, else 256]
+    #[schemars(range(min = 1))]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Generation")]
     max_tokens: Option<u64>,
 
@@ -82,6 +83,7 @@ pub struct GenerateSettings {
     ignore_eos: bool,
 
     /// Completions of each row, in the column completions; needs a temperature
+    #[schemars(range(min = 1, max = 1024))]
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Generation")]
     n: u32,
 
