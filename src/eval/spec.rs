@@ -178,7 +178,6 @@ pub struct MetricSettings {
     /// What of a completion is the answer, as a regular expression.
     pub extract: Option<String>,
     /// How strictly tags are read as entities.
-    #[schemars(inline)]
     pub bio_mode: BioMode,
     /// Examples before each prompt.
     pub few_shot_count: Option<usize>,
@@ -208,7 +207,7 @@ pub const OWN_SETTINGS: [&str; 7] = ["command", "input", "output", "truth_column
 
 /// The JSON Schema of sweep files.
 pub fn schema() -> Json {
-    let mut schema = schemars::schema_for!(SweepFile).to_value();
+    let mut schema = schema::for_toml(schemars::schema_for!(SweepFile).to_value());
     schema["title"] = "mistral-batch sweep file".into();
     schema
 }
@@ -248,7 +247,8 @@ fn known_settings(generator: &mut SchemaGenerator) -> Map<String, Json> {
     known.retain(|key, _| !OWN_SETTINGS.contains(&key.as_str()) && key != "n");
     let metrics = MetricSettings::json_schema(generator).to_value();
     let metrics = metrics["properties"].as_object().cloned().unwrap_or_default();
-    known.extend(metrics.into_iter().map(|(key, schema)| (key, schema::with_variables(schema))));
+    // Unlike a job's, these numbers are read as they stand.
+    known.extend(metrics.into_iter().map(|(key, schema)| (key, schema::for_toml(schema))));
     known
 }
 

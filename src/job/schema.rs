@@ -63,6 +63,7 @@ fn command_schema(command: &clap::Command, types: Map<String, Value>) -> Value {
             if arg.is_required_set() {
                 required.push(key.clone());
             }
+            schema = for_toml(schema);
             if let (Some(default), Some(object)) = (default_of(arg, &schema), schema.as_object_mut()) {
                 object.insert("default".to_owned(), default);
             }
@@ -108,53 +109,76 @@ pub fn settings() -> Map<String, Value> {
     settings
 }
 
-/// A setting's schema that also admits a text with a `${variable}`, and no null: TOML has none, and a key that is not
-/// there is how a setting is left out.
-pub fn with_variables(mut schema: Value) -> Value {
-    let Some(object) = schema.as_object_mut() else { return schema };
-    object.remove("format");
-    let is_null = |schema: &Value| schema["type"] == "null";
-    // An optional enum is one of its values or null.
-    if let Some(mut alternatives) = object.remove("anyOf").and_then(|all| all.as_array().cloned()) {
-        alternatives.retain(|alternative| !is_null(alternative));
+/// A schema without nulls, which TOML has none of (a key that is not there is how a setting is left out), and without the
+/// names of machine types, which mean nothing to an editor.
+pub fn for_toml(schema: Value) -> Value {
+    let mut object = match schema {
+        Value::Object(object) => object,
+        Value::Array(all) => return Value::Array(all.into_iter().map(for_toml).collect()),
+        other => return other,
+    };
+    if object.get("format").is_some_and(Value::is_string) {
+        object.remove("format");
+    }
+    if object.get("default").is_some_and(Value::is_null) {
+        object.remove("default");
+    }
+    if let Some(Value::Array(types)) = object.get_mut("type") {
+        types.retain(|name| name != "null");
+        if let [only] = &types[..] {
+            let only = only.clone();
+            object.insert("type".to_owned(), only);
+        }
+    }
+    if let Some(Value::Array(values)) = object.get_mut("enum") {
+        values.retain(|value| !value.is_null());
+    }
+    if let Some(Value::Array(mut alternatives)) = object.remove("anyOf") {
+        alternatives.retain(|alternative| alternative["type"] != "null");
         match &alternatives[..] {
-            [Value::Object(only)] => only.iter().for_each(|(key, value)| {
-                object.entry(key.clone()).or_insert_with(|| value.clone());
-            }),
+            [Value::Object(only)] => {
+                for (key, value) in only {
+                    object.entry(key.clone()).or_insert_with(|| value.clone());
+                }
+            }
             _ => drop(object.insert("anyOf".to_owned(), Value::Array(alternatives))),
         }
     }
-    if let Some(values) = object.get_mut("enum").and_then(Value::as_array_mut) {
-        values.retain(|value| !value.is_null());
-    }
-    let variable = json!({ "type": "string", "pattern": "\\$\\{" });
-    if let Some(values) = object.remove("oneOf") {
-        // Each value has its own description, so it is an alternative of its own.
-        let mut alternatives = values.as_array().cloned().unwrap_or_default();
+    Value::Object(object.into_iter().map(|(key, value)| (key, for_toml(value))).collect())
+}
+
+/// A setting's schema that also admits a text with a `${variable}`, and for a list its only value.
+pub fn with_variables(schema: Value) -> Value {
+    let Value::Object(mut object) = for_toml(schema) else { return Value::Null };
+    let pattern = || json!("\\$\\{");
+    let variable = json!({ "type": "string", "pattern": pattern() });
+    // Each value of an enum may have a description, and is an alternative then.
+    let alternatives = match object.remove("oneOf").or_else(|| object.remove("anyOf")) {
+        Some(Value::Array(alternatives)) => Some(alternatives),
+        _ => object.remove("enum").map(|values| {
+            object.remove("type");
+            vec![json!({ "enum": values })]
+        }),
+    };
+    if let Some(mut alternatives) = alternatives {
         alternatives.push(variable);
         object.insert("anyOf".to_owned(), Value::Array(alternatives));
-        return schema;
+        return Value::Object(object);
     }
-    let types: Vec<String> = match object.get("type") {
-        Some(Value::String(name)) => vec![name.clone()],
-        Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
-        _ => return schema,
-    };
-    let mut types: Vec<String> = types.into_iter().filter(|name| name != "null").collect();
-    if let Some(values) = object.remove("enum") {
-        object.remove("type");
-        object.insert("anyOf".to_owned(), json!([{ "enum": values }, variable]));
-        return schema;
+    match object.get("type").and_then(Value::as_str) {
+        Some(name @ ("integer" | "number" | "boolean")) => {
+            object.insert("type".to_owned(), json!([name, "string"]));
+            object.insert("pattern".to_owned(), pattern());
+        }
+        Some("array") => {
+            object.insert("type".to_owned(), json!(["array", "string"]));
+            if let Some(items) = object.remove("items") {
+                object.insert("items".to_owned(), with_variables(items));
+            }
+        }
+        _ => {}
     }
-    if let Some(items) = object.remove("items") {
-        object.insert("items".to_owned(), with_variables(items));
-    }
-    if types.iter().any(|name| matches!(name.as_str(), "integer" | "number" | "boolean")) {
-        types.push("string".to_owned());
-        object.insert("pattern".to_owned(), json!("\\$\\{"));
-    }
-    object.insert("type".to_owned(), if types.len() == 1 { json!(types[0]) } else { json!(types) });
-    schema
+    Value::Object(object)
 }
 
 /// The columns that each command appends, in order, by what shapes them.
@@ -206,6 +230,21 @@ fn outputs(variants: &[(&str, Vec<Field>)]) -> Value {
 mod tests {
     use super::*;
     use std::collections::BTreeSet;
+
+    #[test]
+    fn every_setting_admits_a_variable_and_none_admits_null() {
+        let fields = properties::<GenerateSettings>();
+        let schema = |key: &str| with_variables(fields[key].clone());
+        let variable = json!({ "type": "string", "pattern": "\\$\\{" });
+        assert_eq!(schema("overflow")["anyOf"][0]["const"], "truncate-left");
+        assert_eq!(schema("overflow")["anyOf"][4], variable);
+        assert_eq!(schema("kv_cache_memory")["anyOf"][2], variable);
+        assert_eq!(schema("max_length")["type"], json!(["integer", "string"]));
+        assert_eq!((&schema("max_length")["minimum"], &schema("max_errors")["minimum"]), (&json!(1), &json!(0)));
+        assert_eq!(schema("stop_token_ids")["items"]["type"], json!(["integer", "string"]));
+        let text = job_schema().to_string();
+        assert!(!text.contains("null") && !text.contains("\"format\":\"u"), "{text}");
+    }
 
     #[test]
     fn flags_and_the_schema_have_the_same_keys() {

@@ -1,5 +1,8 @@
 //! Job files: those that come with the project, and how they behave in a scheduler's hands.
 
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
 use serde_json::Value;
 
 use super::support::*;
@@ -90,4 +93,26 @@ fn a_job_file_resumes_its_own_output_from_anywhere() {
     let stderr = String::from_utf8(resumed.stderr).unwrap();
     assert!(resumed.status.success() && stderr.contains("from an earlier run"), "{stderr}");
     assert_eq!(read_parquet(scratch.path("out")), whole);
+}
+
+#[test]
+fn the_committed_schemas_are_those_of_this_code() {
+    let files = |folder: &Path| -> BTreeMap<PathBuf, String> {
+        let pattern = folder.join("**/*.json");
+        let paths = glob::glob(pattern.to_str().unwrap()).unwrap().map(Result::unwrap);
+        paths
+            .map(|path| (path.strip_prefix(folder).unwrap().to_owned(), std::fs::read_to_string(path).unwrap()))
+            .collect()
+    };
+    let scratch = Scratch::new();
+    succeed(&["schemas", "--write", &scratch.arg("schemas")]);
+    let (written, committed) = (files(&scratch.path("schemas")), files(&project("schemas")));
+    assert_eq!(
+        written.keys().collect::<Vec<_>>(),
+        committed.keys().collect::<Vec<_>>(),
+        "run mistral-batch schemas --write schemas"
+    );
+    for (name, text) in written {
+        assert!(committed[&name] == text, "{} is stale: run mistral-batch schemas --write schemas", name.display());
+    }
 }

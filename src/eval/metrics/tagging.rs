@@ -13,6 +13,7 @@ pub type Span = (usize, usize, String);
 /// What an `I-` tag means that does not go on with an entity of its type.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[schemars(inline)]
 pub enum BioMode {
     /// It is no entity: seqeval's `mode="strict", scheme=IOB2`.
     #[default]
