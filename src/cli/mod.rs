@@ -4,6 +4,7 @@ mod completions;
 mod eval;
 mod inspect;
 mod job;
+mod log;
 mod progress;
 mod run;
 mod schemas;
@@ -18,7 +19,7 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::{Error, ExitCode, Result, one_line};
-use crate::job::JobSettings;
+use crate::job::{JobSettings, LogFormat, MessageSettings};
 
 /// Runs Mistral models over whole datasets, offline: Parquet, Arrow, CSV or JSONL in; the same rows with their results out.
 #[derive(Debug, Parser)]
@@ -60,24 +61,39 @@ pub fn main() -> ProcessExitCode {
     if std::env::var_os("RUST_BACKTRACE").is_none_or(|wanted| wanted == "0") {
         std::panic::set_hook(Box::new(|_| {}));
     }
-    let code = match parse(std::env::args_os()) {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let code = match parse(args.clone()) {
         Ok(cli) => match catch_unwind(AssertUnwindSafe(|| cli.run())).unwrap_or_else(|panic| Err(bug(&*panic))) {
             Ok(()) => ExitCode::Done,
             Err(error) => {
-                eprintln!("error: {error}");
+                // Where the command did not come to it.
+                log::start(&log::settings_of(&args));
+                log::error(&error);
                 error.exit_code()
             }
         },
-        Err(error) => {
+        Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
             // A closed pipe is no reason to change how the command ended.
             let _ = error.print();
-            match error.kind() {
-                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::Done,
-                _ => ExitCode::Usage,
-            }
+            ExitCode::Done
+        }
+        Err(error) => {
+            refuse(&error, &log::settings_of(&args));
+            ExitCode::Usage
         }
     };
     ProcessExitCode::from(code as u8)
+}
+
+/// Tells of a command line that is wrong: with the parser's hints for a person, on one line where JSON was asked for.
+fn refuse(error: &clap::Error, messages: &MessageSettings) {
+    let usage = log::usage_error(error);
+    let usage = job::refused(messages, usage);
+    match messages.log_format {
+        Some(LogFormat::Json) => log::error(&usage),
+        // A closed pipe is no reason to change how the command ended.
+        _ => drop(error.print()),
+    }
 }
 
 /// The error of a panic that nothing else caught.
@@ -114,7 +130,10 @@ fn environment_variable(arg: &clap::Arg) -> Option<String> {
 impl Cli {
     fn run(self) -> Result<()> {
         match self.command {
-            Command::Job(settings) => job::run(settings.into_job()?),
+            Command::Job(settings) => {
+                let messages = settings.messages().clone();
+                job::run(settings.into_job().map_err(|error| job::refused(&messages, error))?)
+            }
             Command::Run(args) => args.run(),
             Command::Check(args) => args.run(),
             Command::Schemas(args) => args.run(),

@@ -8,7 +8,7 @@ use clap::{Args, ValueHint};
 use super::job;
 use crate::data::sink::OnExisting;
 use crate::error::Result;
-use crate::job::{JobFile, MessageSettings, Variables};
+use crate::job::{Job, JobFile, MessageSettings, Variables};
 
 /// Run a job file: the settings of one command, as TOML.
 ///
@@ -40,6 +40,10 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Running")]
     overwrite: bool,
 
+    /// Compute N rows of a sample once more at the end, each alone, and tell how far that is from their results
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Running")]
+    audit: Option<u64>,
+
     /// Check everything and say what would be done; load no weights, write nothing
     #[arg(long, help_heading = "Running")]
     dry_run: bool,
@@ -61,19 +65,26 @@ pub struct JobFileArgs {
 }
 
 impl JobFileArgs {
-    pub fn read(self) -> Result<crate::job::Job> {
-        JobFile::read(&self.job)?.job(&Variables::new(BTreeMap::from_iter(self.set)))
+    /// Reads the job; a report of a job that is refused goes where `messages` says, else to where the file does.
+    fn read(self, mut messages: MessageSettings, may_report_itself: bool) -> Result<Job> {
+        let variables = Variables::new(BTreeMap::from_iter(self.set));
+        let file = JobFile::read(&self.job).map_err(|error| job::refused(&messages, error))?;
+        file.job(&variables).map_err(|error| {
+            messages.report = messages.report.take().or(file.report(&variables).filter(|_| may_report_itself));
+            job::refused(&messages, error)
+        })
     }
 }
 
 impl RunArgs {
     pub fn run(self) -> Result<()> {
-        let mut job = self.file.read()?;
+        let mut job = self.file.read(self.messages.clone(), true)?;
         if self.resume {
             job.spec.on_existing = OnExisting::Resume;
         } else if self.overwrite {
             job.spec.on_existing = OnExisting::Overwrite;
         }
+        job.spec.audit = self.audit.or(job.spec.audit);
         job.dry_run |= self.dry_run;
         job.messages = self.messages.or(job.messages);
         job::run(job)
@@ -95,10 +106,10 @@ pub struct CheckArgs {
 
 impl CheckArgs {
     pub fn run(self) -> Result<()> {
-        let mut job = self.file.read()?;
-        job.dry_run = true;
         // The file's own report is of its run.
-        job.messages = self.messages;
+        let mut job = self.file.read(self.messages.clone(), false)?;
+        job.dry_run = true;
+        job.messages = MessageSettings { report: self.messages.report.clone(), ..self.messages.or(job.messages) };
         job::run(job)
     }
 }

@@ -284,7 +284,7 @@ impl<T> Generation<'_, T> {
             .collect();
         let mut columns = self.columns(&completions);
         columns.extend(common_columns(&window.rows));
-        Ok(Some((window.tag, Inferred { columns, stats, first_error })))
+        Ok(Some((window.tag, Inferred { columns, stats, first_error, kept: Vec::new() })))
     }
 
     /// The columns of [`generate_fields`]; rows without completions are null.

@@ -11,6 +11,7 @@ use arrow::compute::concat_batches;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use regex::Regex;
+use serde::Serialize;
 use serde_json::{Value as Json, json};
 use sha2::{Digest, Sha256};
 use toml::{Table, Value};
@@ -25,7 +26,9 @@ use super::spec::{DEFAULT_CONFIDENCE, DEFAULT_RESAMPLES, SweepFile, TaskFile, Ta
 use crate::data::commit::{OutputLock, create_dirs_durably};
 use crate::data::sink::OnExisting;
 use crate::error::{Error, Result, nearest_name};
-use crate::job::{self, Job, JobFile, JobIdentity, JobSpec, ModelCache, PromptSpec, RunControl, Variables};
+use crate::job::{
+    self, AuditReport, Job, JobFile, JobIdentity, JobSpec, ModelCache, PromptSpec, RunControl, Variables,
+};
 
 /// The file that marks a folder as a sweep's.
 const MARK_NAME: &str = "_sweep.json";
@@ -63,7 +66,7 @@ struct PlannedCell {
 }
 
 /// What a sweep did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct SweepSummary {
     /// Tasks in cells that were measured.
     pub runs: usize,
@@ -73,6 +76,8 @@ pub struct SweepSummary {
     pub predictions_reused: usize,
     /// How often weights were read.
     pub model_loads: u64,
+    /// What the audits of this run's predictions found, where `audit` asks for them.
+    pub audits: BTreeMap<String, AuditReport>,
 }
 
 impl SweepPlan {
@@ -153,6 +158,7 @@ impl SweepPlan {
         // Every cell's predictions, by name; the order of cells decides which are made first.
         let mut done: BTreeMap<String, bool> = BTreeMap::new();
         let mut runs = Vec::new();
+        let mut audits = BTreeMap::new();
         for planned in &self.cells {
             control.check()?;
             let task = &self.sweep.tasks[planned.cell.task];
@@ -174,6 +180,7 @@ impl SweepPlan {
                 control.notice(format!("predictions/{name}: {} rows", identity.rows));
                 let report = job::run_sharing(spec, control.clone(), models.clone()).await?;
                 done.insert(name.clone(), report.status == "nothing_to_do");
+                audits.extend(report.details.and_then(|details| details.audit).map(|audit| (name.clone(), audit)));
             }
             let run = TaskRun::new(
                 task.name.clone(),
@@ -193,6 +200,7 @@ impl SweepPlan {
             predictions: done.len(),
             predictions_reused: done.values().filter(|reused| **reused).count(),
             model_loads: models.loads(),
+            audits,
         })
     }
 
@@ -425,7 +433,7 @@ fn cost(folder: &Path) -> Result<PredictionCost> {
         rows_failed: number("rows_failed") as u64,
         rows_truncated: number("rows_truncated") as u64,
         tokens: number("tokens") as u64,
-        seconds: number("pipeline_seconds"),
+        seconds: success["summary"]["timings"]["pipeline_seconds"].as_f64().unwrap_or(f64::NAN),
         tokens_per_second: number("tokens_per_second"),
     })
 }

@@ -4,7 +4,7 @@
 //! evenly over the input, so the same job gives the same answer.
 
 use std::hint::black_box;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use serde::Serialize;
@@ -24,9 +24,13 @@ use crate::text::TextTokenizer;
 const SAMPLED_UNITS: usize = 4;
 /// Rows of the plain batches that the packed ones are compared with.
 const PLAIN_BATCH_ROWS: usize = 32;
-/// Rows, columns and depth of the product that tells how fast this machine computes.
-const PROBE: (usize, usize, usize) = (512, 1024, 1024);
-const PROBE_RUNS: u32 = 5;
+/// Rows of the product that tells how fast this machine computes; fewer where the model is large.
+const PROBE_ROWS: usize = 512;
+/// Operations of that product at most, so that a check stays a matter of seconds.
+const PROBE_FLOPS: usize = 16 << 30;
+/// It is run at least so often, and for so long.
+const PROBE_RUNS: u32 = 3;
+const PROBE_TIME: Duration = Duration::from_millis(100);
 
 /// What a job would do.
 #[derive(Debug, Clone, Serialize)]
@@ -102,8 +106,9 @@ pub struct MemoryEstimate {
 pub struct TimeEstimate {
     /// Tokens of the whole input, from the sample.
     pub tokens: u64,
-    /// Null for `generate`, whose completions' lengths are not known.
-    pub seconds: Option<f64>,
+    /// A lower bound, from the arithmetic alone; null for `generate`, whose completions' lengths are not known.
+    pub seconds_at_least: Option<f64>,
+    /// What the bound is made of.
     pub basis: String,
 }
 
@@ -240,35 +245,42 @@ fn time(spec: &JobSpec, checkpoint: &Checkpoint, sample: &SampleReport, share: f
     let tokens = (sample.tokens as f64 * share) as u64;
     if matches!(spec.command, CommandSpec::Generate(_)) {
         let basis = "not estimated: the lengths of completions are not known".to_owned();
-        return Ok(TimeEstimate { tokens, seconds: None, basis });
+        return Ok(TimeEstimate { tokens, seconds_at_least: None, basis });
     }
     let config = &checkpoint.config;
     // The embedding is looked up, not multiplied; every other weight is, once a token.
     let embedding = (config.vocab_size * config.hidden_size) as u64;
     let weights = checkpoint.weights.num_parameters().saturating_sub(embedding) as f64;
     let flops = share * (2.0 * weights * sample.tokens as f64 + sample.attention_flops);
-    let rate = measured_flops_per_second()?;
-    let (m, n, k) = PROBE;
+    let (m, k, n) = probe(config);
+    let rate = measured_flops_per_second(m, k, n)?;
     let basis = format!(
-        "{:.2e} floating-point operations at {:.0} GFLOP/s, the rate of a {m}x{k} by {k}x{n} f32 product measured \
-         here; loading and reading not counted, small models are slower than this",
-        flops,
+        "{flops:.2e} floating-point operations at {:.0} GFLOP/s, the rate of a {m}x{k} by {k}x{n} product in f32 measured \
+         just now, at its best; what is not a matrix product, loading and reading come on top",
         rate / 1e9
     );
-    Ok(TimeEstimate { tokens, seconds: Some(flops / rate), basis })
+    Ok(TimeEstimate { tokens, seconds_at_least: Some(flops / rate), basis })
 }
 
-fn measured_flops_per_second() -> Result<f64> {
-    let (m, n, k) = PROBE;
+/// Rows, depth and columns of a product like the model's widest.
+fn probe(config: &MistralConfig) -> (usize, usize, usize) {
+    let (k, n) = (config.hidden_size, config.intermediate_size);
+    ((PROBE_FLOPS / (2 * k * n).max(1)).clamp(32, PROBE_ROWS), k, n)
+}
+
+fn measured_flops_per_second(m: usize, k: usize, n: usize) -> Result<f64> {
     let a = Tensor::ones((m, k), DType::F32, &Device::Cpu)?;
     let b = Tensor::ones((k, n), DType::F32, &Device::Cpu)?;
-    black_box(a.matmul(&b)?); // starts the threads
+    // The fastest counts: a bound from below must not depend on what else the machine does just now.
     let started = Instant::now();
-    for _ in 0..PROBE_RUNS {
+    let (mut runs, mut fastest) = (0, Duration::MAX);
+    while runs < PROBE_RUNS || started.elapsed() < PROBE_TIME {
+        let run = Instant::now();
         black_box(a.matmul(&b)?);
+        fastest = fastest.min(run.elapsed());
+        runs += 1;
     }
-    let flops = 2.0 * (m * n * k) as f64 * f64::from(PROBE_RUNS);
-    Ok(flops / started.elapsed().as_secs_f64().max(1e-9))
+    Ok(2.0 * (m * n * k) as f64 / fastest.as_secs_f64().max(1e-9))
 }
 
 impl CheckReport {
@@ -317,7 +329,8 @@ impl CheckReport {
             mib(memory.weights_bytes),
             mib(memory.activations_bytes)
         ));
-        let seconds = self.time.seconds.map_or(String::new(), |seconds| format!("about {seconds:.1} s, "));
+        let seconds = self.time.seconds_at_least;
+        let seconds = seconds.map_or(String::new(), |seconds| format!("at least {} s, ", two_digits(seconds)));
         lines.push(format!("time: about {} tokens, {seconds}{}", self.time.tokens, self.time.basis));
         lines.push(match self.status {
             "nothing_to_do" => "the output is finished already: a run would do nothing".to_owned(),
@@ -325,6 +338,11 @@ impl CheckReport {
         });
         lines
     }
+}
+
+/// A number of seconds with as much precision as an estimate has.
+fn two_digits(seconds: f64) -> String {
+    if seconds >= 10.0 { format!("{seconds:.0}") } else { format!("{seconds:.1}") }
 }
 
 #[cfg(test)]

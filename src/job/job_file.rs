@@ -10,6 +10,8 @@ use std::path::{Component, Path, PathBuf};
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, FromArgMatches, ValueHint};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
 use toml::de::DeTable;
 use toml::{Table, Value};
 
@@ -28,6 +30,15 @@ pub struct JobFile {
     settings: Table,
     /// The line of each key, counted from one.
     lines: BTreeMap<String, usize>,
+    sha256: String,
+}
+
+/// Which file a job was read from.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct JobFileIdentity {
+    pub path: PathBuf,
+    /// Of its content, before variables.
+    pub sha256: String,
 }
 
 impl JobFile {
@@ -55,12 +66,21 @@ impl JobFile {
         let keys = DeTable::parse(text).map_err(malformed)?;
         let lines = keys.get_ref().keys().map(|key| (key.get_ref().to_string(), line_of(key.span().start))).collect();
         let settings = toml::from_str(text).map_err(malformed)?;
-        Ok(Self { path: path.to_owned(), dir, settings, lines })
+        let sha256 = Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Self { path: path.to_owned(), dir, settings, lines, sha256 })
     }
 
     /// The settings as they stand in the file.
     pub fn settings(&self) -> &Table {
         &self.settings
+    }
+
+    /// Where the file wants its report, as far as that can be told of a file that may be wrong.
+    pub fn report(&self, variables: &Variables) -> Option<PathBuf> {
+        let text = variables.expand(self.settings.get("report")?.as_str()?, &mut Vec::new()).ok()?;
+        let parser = job_command();
+        let arg = job_commands(&parser).find_map(|command| find_arg(command, "report"))?;
+        Some(self.resolved(arg, &text).into()).filter(|_| !text.is_empty())
     }
 
     /// The same file with other settings, for what derives jobs from one.
@@ -96,6 +116,7 @@ impl JobFile {
             Error::Usage(message) => Error::config(&self.path, message),
             error => error,
         })?;
+        job.file = Some(JobFileIdentity { path: self.path.clone(), sha256: self.sha256.clone() });
         if job.spec.on_existing == OnExisting::Refuse {
             job.spec.on_existing = OnExisting::ResumeIfOurs;
         }
@@ -383,6 +404,15 @@ top_k = 3
             refused(&with("prefix = '${nowhere_to_be_found}'"))
                 .contains("line 7: prefix: variable 'nowhere_to_be_found'")
         );
+    }
+
+    #[test]
+    fn a_wrong_file_still_says_where_its_report_goes() {
+        let file = |text: &str| JobFile::parse(Path::new("jobs/a.toml"), "/srv/jobs".into(), text).unwrap();
+        let report = |text: &str| file(text).report(&Variables::new(BTreeMap::from([("day".into(), "1".into())])));
+        assert_eq!(report("comand = 'x'\nreport = '../r-${day}.json'"), Some("/srv/r-1.json".into()));
+        assert_eq!(report("report = '${nowhere_to_be_found}'"), None);
+        assert_eq!(report("report = 5"), None);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! A job: what to run over which data, planned, run, and reported.
 
+mod audit;
 mod check;
 mod command;
 mod control;
@@ -18,14 +19,15 @@ mod spec;
 pub mod truth;
 mod variables;
 
+pub use audit::AuditReport;
 pub use check::{CheckReport, check};
 pub use command::{CommandSpec, ContinuationColumns, DEFAULT_STRIDE, ScoreOptions};
 pub use control::{Counters, RunControl};
 pub use generation::{DEFAULT_KV_CACHE_BYTES, GenerateOptions};
-pub use job_file::JobFile;
+pub use job_file::{JobFile, JobFileIdentity};
 pub use models::ModelCache;
-pub use report::{RunDetails, RunReport, UnitCounts};
+pub use report::{Hashes, RunDetails, RunReport, Timings, UnitCounts};
 pub use runner::{JobIdentity, identify, run, run_sharing};
-pub use settings::{Job, JobSettings, MessageSettings, ProgressMode};
+pub use settings::{Job, JobSettings, LogFormat, MessageSettings, ProgressMode};
 pub use spec::{DEFAULT_MAX_BATCH_TOKENS, JobSpec, PromptSpec};
 pub use variables::Variables;

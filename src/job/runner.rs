@@ -5,15 +5,17 @@ use std::time::Instant;
 
 use arrow::datatypes::SchemaRef;
 use candle_core::Device;
+use chrono::{SecondsFormat, Utc};
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::control::{Counters, RunControl};
 use super::models::ModelCache;
 use super::pipeline::{self, PipelineTotals};
 use super::plan::JobPlan;
-use super::report::{RunDetails, RunReport, UnitCounts};
+use super::report::{Hashes, RunDetails, RunReport, Timings, UnitCounts};
 use super::spec::JobSpec;
 use crate::data::output::OutputTarget;
+use crate::data::plan_file::SuccessFile;
 use crate::data::sink::{Opened, Sink};
 use crate::error::{Error, Result};
 use crate::model::Checkpoint;
@@ -34,13 +36,28 @@ pub async fn run(spec: JobSpec, control: Arc<RunControl>) -> Result<RunReport> {
 pub async fn run_sharing(spec: JobSpec, control: Arc<RunControl>, models: Arc<ModelCache>) -> Result<RunReport> {
     let started = Instant::now();
     let spec = Arc::new(spec);
-    let checked = {
+    let started_at = Some(Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true));
+    let (job, finished) = {
         let spec = spec.clone();
-        join(spawn_blocking(move || unfinished(&spec))).await?
+        join(spawn_blocking(move || {
+            let job = PlannedJob::new(&spec)?;
+            let finished = Sink::look(&job.target, &job.plan.output_schema, &job.plan.file, spec.on_existing)?;
+            Ok((job, finished))
+        }))
+        .await?
     };
-    let Some(PlannedJob { checkpoint, tokenizer, plan, target, .. }) = checked else {
-        return Ok(RunReport::new(&spec, "nothing_to_do", None));
+    let PlannedJob { checkpoint, tokenizer, plan, target, .. } = job;
+    let hashes = Some(Hashes::new(&plan));
+    let nothing_to_do = |finished: SuccessFile| RunReport {
+        started_at: started_at.clone(),
+        hashes: hashes.clone(),
+        finished_earlier: Some(finished.summary).filter(|summary| !summary.is_null()),
+        ..RunReport::new(&spec, "nothing_to_do", None)
     };
+    if let Some(finished) = finished {
+        return Ok(nothing_to_do(finished));
+    }
+    let plan_seconds = started.elapsed().as_secs_f64();
     for line in plan.describe(&checkpoint, &spec) {
         control.notice(line);
     }
@@ -50,6 +67,7 @@ pub async fn run_sharing(spec: JobSpec, control: Arc<RunControl>, models: Arc<Mo
         let spec = spec.clone();
         join(spawn_blocking(move || spec.command.engine(&spec, &checkpoint, tokenizer, &models, &Device::Cpu))).await?
     };
+    let load_seconds = started.elapsed().as_secs_f64() - plan_seconds;
     control.check()?;
     let opened = {
         let (spec, plan) = (spec.clone(), plan.clone());
@@ -58,8 +76,9 @@ pub async fn run_sharing(spec: JobSpec, control: Arc<RunControl>, models: Arc<Mo
         }))
         .await?
     };
-    let Opened::Work(sink) = opened else {
-        return Ok(RunReport::new(&spec, "nothing_to_do", None));
+    let sink = match opened {
+        Opened::Work(sink) => sink,
+        Opened::NothingToDo(finished) => return Ok(nothing_to_do(finished)),
     };
     if let Some(note) = sink.changed_note() {
         control.notice(format!("resuming with other settings that do not change the job: {note}"));
@@ -77,25 +96,32 @@ pub async fn run_sharing(spec: JobSpec, control: Arc<RunControl>, models: Arc<Mo
     Counters::add(&control.counters.rows_resumed, total.rows);
     Counters::add(&control.counters.rows_total, pending.iter().map(|unit| unit.rows.end - unit.rows.start).sum());
 
-    let (sink, this_run) = if pending.is_empty() {
+    let pending_is_empty = pending.is_empty();
+    let (sink, this_run) = if pending_is_empty {
         (*sink, PipelineTotals::default())
     } else {
         pipeline::run(&spec, &plan, engine, *sink, pending, total.failed_rows, &control).await?
     };
     total += this_run.counts;
+    if pending_is_empty && spec.audit.is_some() {
+        tracing::warn!("this run computed no rows, so that it audits none");
+    }
     if plan.filter.is_none() && total.rows != plan.file.rows {
         return Err(Error::Internal(format!("{} rows were written, {} were planned", total.rows, plan.file.rows)));
     }
 
-    let mut details = details(&plan, &total, &this_run, units_resumed);
+    let mut details = details(&plan, &total, this_run, units_resumed);
+    details.timings = Timings { plan_seconds, load_seconds, ..details.timings };
     if let (Some(truth), Some(column)) = (plan.truth, &spec.truth_column) {
         let (line, value) = truth.describe(column, &total.agreement);
         (details.truth_line, details.truth) = (Some(line), Some(value));
     }
+    // All but the commit, which the mark of success is a part of.
+    details.timings.total_seconds = started.elapsed().as_secs_f64();
     let summary = serde_json::to_value(&details).map_err(|error| Error::Internal(error.to_string()))?;
     join(spawn_blocking(move || sink.complete(summary))).await?;
-    details.seconds = started.elapsed().as_secs_f64();
-    Ok(RunReport::new(&spec, "done", Some(details)))
+    details.timings.total_seconds = started.elapsed().as_secs_f64();
+    Ok(RunReport { started_at, hashes, ..RunReport::new(&spec, "done", Some(details)) })
 }
 
 /// What a job is, known without a weight being read or its output being looked at.
@@ -150,13 +176,6 @@ impl PlannedJob {
     }
 }
 
-/// The planned job; `None` when its output is finished already.
-fn unfinished(spec: &JobSpec) -> Result<Option<PlannedJob>> {
-    let job = PlannedJob::new(spec)?;
-    let finished = Sink::look(&job.target, &job.plan.output_schema, &job.plan.file, spec.on_existing)?;
-    Ok(finished.is_none().then_some(job))
-}
-
 /// The limit of a text in tokens: what was asked for, else the smaller of the tokenizer's and the model's.
 fn max_length(spec: &JobSpec, checkpoint: &Checkpoint, tokenizer: &TextTokenizer) -> Result<usize> {
     let positions = checkpoint.config.max_position_embeddings;
@@ -169,7 +188,7 @@ fn max_length(spec: &JobSpec, checkpoint: &Checkpoint, tokenizer: &TextTokenizer
     }
 }
 
-fn details(plan: &JobPlan, total: &UnitCounts, this_run: &PipelineTotals, units_resumed: u64) -> RunDetails {
+fn details(plan: &JobPlan, total: &UnitCounts, this_run: PipelineTotals, units_resumed: u64) -> RunDetails {
     let seconds = this_run.elapsed.as_secs_f64();
     let share = |amount: f64| if seconds > 0.0 { amount / seconds } else { 0.0 };
     RunDetails {
@@ -184,10 +203,15 @@ fn details(plan: &JobPlan, total: &UnitCounts, this_run: &PipelineTotals, units_
         batches: total.batches,
         tokens: total.real_tokens,
         padding_percent: total.padding().waste_percent(),
-        seconds,
-        pipeline_seconds: seconds,
+        timings: Timings {
+            pipeline_seconds: seconds,
+            model_seconds: this_run.busy.as_secs_f64(),
+            audit_seconds: this_run.audit_elapsed.as_secs_f64(),
+            ..Timings::default()
+        },
         tokens_per_second: share(this_run.counts.real_tokens as f64),
         model_busy_percent: 100.0 * share(this_run.busy.as_secs_f64()),
+        audit: this_run.audit,
         truth: None,
         truth_line: None,
     }

@@ -20,7 +20,16 @@ fn every_job_file_that_comes_along_runs_and_a_rerun_has_nothing_to_do() {
         let text = String::from_utf8(checked.stdout).unwrap();
         assert!(checked.status.success(), "{path}: {}", String::from_utf8_lossy(&checked.stderr));
         assert!(text.contains("tokens a row: median") && text.contains("nothing was written"), "{text}");
-        assert!(succeed(&["run", path, "--set", &set]).contains("written to"), "{path}");
+        let report = scratch.arg("report.json");
+        let ran = succeed(&["run", path, "--set", &set, "--audit", "20", "--report", &report]);
+        assert!(ran.contains("audit: 20 rows computed once more, alone: ") && ran.contains("written to"), "{ran}");
+        let report: Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
+        let audit = &report["details"]["audit"];
+        assert_eq!((&audit["rows"], &audit["rows_flipped"]), (&20.into(), &0.into()), "{path}: {audit}");
+        match audit["largest_difference"].as_f64() {
+            Some(difference) => assert!(difference < 1e-3, "{path}: {audit}"),
+            None => assert_eq!(audit["compared"], "completions"),
+        }
         assert!(succeed(&["run", path, "--set", &set]).contains("nothing to do"), "{path}");
     }
     let labelled = read_parquet(scratch.path("classify-2026-01-01"));

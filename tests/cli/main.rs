@@ -10,6 +10,8 @@ mod heads;
 mod job_files;
 mod jobs;
 mod kills;
+mod messages;
 mod prompts;
 mod row_params;
+mod schedulers;
 mod support;

@@ -3,8 +3,8 @@
 use clap::{Args, ValueEnum};
 use schemars::JsonSchema;
 
-use super::Job;
 use super::common::CommonSettings;
+use super::{Job, MessageSettings};
 use crate::heads::{ClassifyOptions, FunctionToApply, TopK};
 use crate::job::CommandSpec;
 
@@ -65,6 +65,10 @@ enum Function {
 }
 
 impl ClassifySettings {
+    pub(super) fn messages(&self) -> &MessageSettings {
+        self.common.messages()
+    }
+
     pub(super) fn into_job(self) -> Job {
         let options = ClassifyOptions {
             function_to_apply: self.function_to_apply.map(|function| match function {

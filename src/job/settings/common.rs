@@ -128,6 +128,11 @@ pub struct CommonSettings {
     #[arg(long, value_name = "N", help_heading = "Running")]
     max_errors: Option<u64>,
 
+    /// Compute N rows of a sample once more at the end, each alone, and tell how far that is from their results
+    #[schemars(range(min = 1))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Running")]
+    audit: Option<u64>,
+
     /// Check everything and say what would be done; load no weights, write nothing
     #[arg(long, help_heading = "Running")]
     dry_run: bool,
@@ -179,6 +184,10 @@ enum InputFormatName {
 }
 
 impl CommonSettings {
+    pub(super) fn messages(&self) -> &MessageSettings {
+        &self.messages
+    }
+
     /// The job of these settings and a command's own.
     pub(super) fn into_job(self, command: CommandSpec) -> Job {
         // Every precision offered is f32 on the CPU; the match makes a new one come by here.
@@ -190,6 +199,7 @@ impl CommonSettings {
             threads: self.threads,
             dry_run: self.dry_run,
             messages: self.messages.clone(),
+            file: None,
             spec: self.into_spec(command),
         }
     }
@@ -226,6 +236,7 @@ impl CommonSettings {
             stride: self.stride,
             max_batch_tokens: self.max_batch_tokens as usize,
             unit_rows: self.unit_rows,
+            audit: self.audit,
             max_errors: if self.on_error == OnErrorArg::Fail { Some(0) } else { self.max_errors },
         }
     }

@@ -3,8 +3,8 @@
 use clap::{Args, ValueEnum};
 use schemars::JsonSchema;
 
-use super::Job;
 use super::common::CommonSettings;
+use super::{Job, MessageSettings};
 use crate::heads::{EmbedOptions, Pooling};
 use crate::job::CommandSpec;
 
@@ -47,6 +47,10 @@ enum PoolingArg {
 }
 
 impl EmbedSettings {
+    pub(super) fn messages(&self) -> &MessageSettings {
+        self.common.messages()
+    }
+
     pub(super) fn into_job(self) -> Job {
         let pooling = match self.pooling {
             PoolingArg::Last => Pooling::Last,

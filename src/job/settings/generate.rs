@@ -6,9 +6,9 @@ use clap::{Args, ValueEnum, ValueHint};
 use schemars::JsonSchema;
 use serde_json::Value;
 
-use super::Job;
 use super::common::CommonSettings;
 use super::values::{Count, count};
+use super::{Job, MessageSettings};
 use crate::error::{Error, Result};
 use crate::generation::{Batching, Grammar, SamplingParams};
 use crate::job::{CommandSpec, DEFAULT_KV_CACHE_BYTES, GenerateOptions};
@@ -141,6 +141,10 @@ enum BatchingArg {
 }
 
 impl GenerateSettings {
+    pub(super) fn messages(&self) -> &MessageSettings {
+        self.common.messages()
+    }
+
     /// What completions have to be, if anything.
     fn grammar(&self) -> Result<Option<Grammar>> {
         let grammar = match (&self.json_schema, &self.regex) {

@@ -16,6 +16,10 @@ pub struct MessageSettings {
     #[arg(long, value_enum, value_name = "HOW", help_heading = "Messages")]
     pub progress: Option<ProgressMode>,
 
+    /// How messages on standard error are written [default: plain]
+    #[arg(long, value_enum, value_name = "FORMAT", help_heading = "Messages")]
+    pub log_format: Option<LogFormat>,
+
     /// Show errors only
     #[arg(short, long, conflicts_with = "verbose", help_heading = "Messages")]
     pub quiet: bool,
@@ -41,6 +45,16 @@ pub enum ProgressMode {
     None,
 }
 
+/// How messages are written.
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum, JsonSchema)]
+#[schemars(rename_all = "kebab-case")]
+pub enum LogFormat {
+    /// The message, a line each
+    Plain,
+    /// A JSON object a line, with time and level; so is progress
+    Json,
+}
+
 impl MessageSettings {
     /// These settings, and `others` where these say nothing.
     pub fn or(self, others: MessageSettings) -> MessageSettings {
@@ -48,6 +62,7 @@ impl MessageSettings {
         MessageSettings {
             report: self.report.or(others.report),
             progress: self.progress.or(others.progress),
+            log_format: self.log_format.or(others.log_format),
             quiet: if says_how_much { self.quiet } else { others.quiet },
             verbose: if says_how_much { self.verbose } else { others.verbose },
         }

@@ -15,13 +15,14 @@ mod values;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use super::job_file::JobFileIdentity;
 use super::spec::JobSpec;
 use crate::error::Result;
 
 pub use classify::ClassifySettings;
 pub use embed::EmbedSettings;
 pub use generate::GenerateSettings;
-pub use messages::{MessageSettings, ProgressMode};
+pub use messages::{LogFormat, MessageSettings, ProgressMode};
 pub use score::ScoreSettings;
 pub use tag::TagSettings;
 
@@ -46,10 +47,23 @@ pub struct Job {
     pub threads: Option<u64>,
     /// Check, and compute nothing.
     pub dry_run: bool,
+    /// Where the settings come from, if from a file.
+    pub file: Option<JobFileIdentity>,
     pub messages: MessageSettings,
 }
 
 impl JobSettings {
+    /// What the run is to say, and where.
+    pub fn messages(&self) -> &MessageSettings {
+        match self {
+            Self::Classify(settings) => settings.messages(),
+            Self::Embed(settings) => settings.messages(),
+            Self::Score(settings) => settings.messages(),
+            Self::Generate(settings) => settings.messages(),
+            Self::Tag(settings) => settings.messages(),
+        }
+    }
+
     /// The job that these settings ask for.
     ///
     /// # Errors

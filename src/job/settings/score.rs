@@ -3,8 +3,8 @@
 use clap::Args;
 use schemars::JsonSchema;
 
-use super::Job;
 use super::common::CommonSettings;
+use super::{Job, MessageSettings};
 use crate::job::{CommandSpec, ContinuationColumns, ScoreOptions};
 
 /// Tell how likely each text is with a MistralForCausalLM checkpoint.
@@ -45,6 +45,10 @@ pub struct ScoreSettings {
 }
 
 impl ScoreSettings {
+    pub(super) fn messages(&self) -> &MessageSettings {
+        self.common.messages()
+    }
+
     pub(super) fn into_job(self) -> Job {
         let continuation = self
             .context_column

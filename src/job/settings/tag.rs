@@ -3,8 +3,8 @@
 use clap::{Args, ValueEnum};
 use schemars::JsonSchema;
 
-use super::Job;
 use super::common::CommonSettings;
+use super::{Job, MessageSettings};
 use crate::heads::{Aggregation, TagOptions};
 use crate::job::CommandSpec;
 
@@ -49,6 +49,10 @@ enum AggregationArg {
 }
 
 impl TagSettings {
+    pub(super) fn messages(&self) -> &MessageSettings {
+        self.common.messages()
+    }
+
     pub(super) fn into_job(self) -> Job {
         let options = TagOptions {
             aggregation: match self.aggregation {
