@@ -121,7 +121,7 @@ impl Generator {
             tokenizer,
             scheduler: match self.batching {
                 Batching::InFlight => Batches::InFlight(Scheduler::new(&*self.model, tokenizer, self.limits)),
-                Batching::Static => Batches::Static(StaticBatches::new(&*self.model, tokenizer, self.limits)),
+                Batching::Static => Batches::Static(StaticBatches::new(&self.model, tokenizer, self.limits)),
             },
             windows: VecDeque::new(),
             first_row: 0,
