@@ -30,7 +30,7 @@ def mistral_batch(args, folder: Path) -> dict:
     subprocess.run(command, check=True)
     details = json.loads(report.read_text())["details"]
     table = pq.read_table(output)
-    return {"tokens": details["tokens"], "seconds": details["pipeline_seconds"],
+    return {"tokens": details["tokens"], "seconds": details["timings"]["pipeline_seconds"],
             "labels": table["predicted_label"].to_pylist(), "scores": table["predicted_score"].to_pylist()}
 
 

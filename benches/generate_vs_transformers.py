@@ -22,7 +22,7 @@ def mistral_batch(args, folder: Path) -> dict:
     subprocess.run([args.binary, "generate", "-i", args.input, "--model", args.model, "-o", str(output), "--overwrite",
                     "--limit", str(args.prompts), "--max-tokens", str(args.tokens), "--ignore-eos", "--max-length", "1024",
                     "--overflow", "truncate-right", "--report", str(report), "-q"], check=True)
-    seconds = json.loads(report.read_text())["details"]["pipeline_seconds"]
+    seconds = json.loads(report.read_text())["details"]["timings"]["pipeline_seconds"]
     return {"seconds": seconds, "texts": pq.read_table(output)["completion"].to_pylist()}
 
 

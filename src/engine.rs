@@ -42,6 +42,7 @@ enum Work {
 }
 
 /// Tokenized rows, ready for the device.
+#[derive(Debug, Clone, Default)]
 pub struct PreparedRows {
     rows: Vec<Row>,
     sequences: Vec<Sequence>,
@@ -67,6 +68,22 @@ impl PreparedRows {
         });
         Self { rows: rows.collect(), sequences, details }
     }
+
+    /// Whether a row has tokens to compute.
+    pub fn has_work(&self, index: usize) -> bool {
+        self.rows.get(index).is_some_and(|row| !row.sequences.is_empty())
+    }
+
+    /// One of the rows by itself.
+    pub fn row(&self, index: usize) -> Self {
+        let Some(row) = self.rows.get(index) else { return Self::default() };
+        let sequences = self.sequences[row.sequences.clone()].iter().enumerate();
+        Self {
+            sequences: sequences.map(|(row, s)| Sequence { row, input_ids: s.input_ids.clone() }).collect(),
+            details: self.details[row.sequences.clone()].to_vec(),
+            rows: vec![Row { sequences: 0..row.sequences.len(), ..row.clone() }],
+        }
+    }
 }
 
 /// What is known of a row beside its results.
@@ -87,6 +104,8 @@ pub struct Inferred {
     pub stats: InferStats,
     /// The first row that failed, and why.
     pub first_error: Option<(usize, String)>,
+    /// What the head gave for each sequence of the rows that were to be kept, before it became columns.
+    pub kept: Vec<Vec<HeadOutput>>,
 }
 
 /// What a window of rows took.
@@ -163,6 +182,19 @@ impl Engine {
     /// # Errors
     /// When a tensor operation fails or a column cannot be built.
     pub fn infer(&self, prepared: PreparedRows, observer: &dyn BatchObserver) -> Result<Option<Inferred>> {
+        self.infer_keeping(prepared, &[], observer)
+    }
+
+    /// As [`Engine::infer`]; also returns what the head gave for the rows of these indices.
+    ///
+    /// # Errors
+    /// As [`Engine::infer`].
+    pub fn infer_keeping(
+        &self,
+        prepared: PreparedRows,
+        keep: &[usize],
+        observer: &dyn BatchObserver,
+    ) -> Result<Option<Inferred>> {
         let PreparedRows { mut rows, sequences, details } = prepared;
         let Work::Head { model, head, packer } = &self.work else {
             return Err(Error::Internal("rows to complete were given to be inferred".into()));
@@ -200,6 +232,8 @@ impl Engine {
             }
         }
 
+        let of_row = |index: &usize| outputs[rows[*index].sequences.clone()].iter().flatten().cloned().collect();
+        let kept = keep.iter().map(of_row).collect();
         let mut results: Vec<Option<HeadOutput>> = Vec::with_capacity(rows.len());
         let mut first_error = None;
         for (index, row) in rows.iter_mut().enumerate() {
@@ -219,7 +253,7 @@ impl Engine {
 
         let mut columns = head.columns(&results)?;
         columns.extend(common_columns(&rows));
-        Ok(Some(Inferred { columns, stats, first_error }))
+        Ok(Some(Inferred { columns, stats, first_error, kept }))
     }
 }
 

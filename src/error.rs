@@ -168,6 +168,13 @@ impl Error {
         }
     }
 
+    /// Whether the same run again may go through without anybody doing anything, as schedulers want to know.
+    ///
+    /// A run that was stopped by a signal is one to go on with; its command may have to say so, with `--resume`.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self.exit_code(), ExitCode::TryAgain | ExitCode::Interrupted | ExitCode::Terminated)
+    }
+
     /// An I/O failure while doing `action` ("read", "write", "fsync", …) on `path`.
     pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Error {
         let path = path.as_ref().to_owned();

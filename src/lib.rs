@@ -21,13 +21,15 @@
 //!
 //! # Floors
 //!
-//! Modules import strictly downwards: error · batch, kernels · data, text, model · heads · generation · engine · job, sql · cli.
+//! Modules import strictly downwards: error · batch, kernels · data, text, model · heads · generation · engine · job, sql ·
+//! eval · cli.
 
 pub mod batch;
 pub mod cli;
 pub mod data;
 pub mod engine;
 pub mod error;
+pub mod eval;
 pub mod generation;
 pub mod heads;
 pub mod job;

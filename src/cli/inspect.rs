@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::error::{Error, Result};
 use crate::heads::{ClassifyOptions, SequenceClassification};
 use crate::job::DEFAULT_MAX_BATCH_TOKENS;
-use crate::model::{Architecture, Checkpoint, MistralConfig};
+use crate::model::{Architecture, Checkpoint};
 use crate::text::TextTokenizer;
 
 /// Show what a checkpoint is, without loading its weights.
@@ -76,7 +76,7 @@ fn facts(checkpoint: &Checkpoint, tokenizer: &TextTokenizer) -> Vec<Fact> {
             json!(format!("{} ({})", path.file_name().unwrap_or_default().display(), bytes_text(bytes)))
         })
         .collect();
-    let activations = activation_bytes(config, DEFAULT_MAX_BATCH_TOKENS) as u64;
+    let activations = config.activation_bytes(DEFAULT_MAX_BATCH_TOKENS) as u64;
     let weights = 4 * parameters;
 
     let mut facts = vec![
@@ -147,14 +147,6 @@ fn facts(checkpoint: &Checkpoint, tokenizer: &TextTokenizer) -> Vec<Fact> {
         fact("transformers_version", json!(config.transformers_version)),
     ]);
     facts
-}
-
-/// What the widest moment of a layer holds, in bytes of f32: residual, its norm, and the larger of the attention's and
-/// the feed-forward's intermediates.
-fn activation_bytes(config: &MistralConfig, tokens: usize) -> usize {
-    let attention = 2 * config.heads().qkv_width() + config.num_attention_heads * config.head_dim;
-    let feed_forward = 3 * config.intermediate_size;
-    4 * tokens * (2 * config.hidden_size + attention.max(feed_forward))
 }
 
 fn bytes_text(bytes: u64) -> String {

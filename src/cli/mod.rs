@@ -1,16 +1,14 @@
 //! The command line: flags become typed specifications once; one file a command.
 
-mod classify;
-mod common;
 mod completions;
-mod embed;
-mod generate;
+mod eval;
 mod inspect;
+mod job;
+mod log;
 mod progress;
-mod score;
+mod run;
+mod schemas;
 mod sql;
-mod tag;
-mod values;
 
 use std::any::Any;
 use std::ffi::OsString;
@@ -22,6 +20,7 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::{Error, ExitCode, Result, one_line};
+use crate::job::{JobSettings, LogFormat, MessageSettings};
 
 /// Runs Mistral models over whole datasets, offline: Parquet, Arrow, CSV or JSONL in; the same rows with their results out.
 #[derive(Debug, Parser)]
@@ -33,12 +32,13 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Classify(Box<classify::ClassifyArgs>),
-    Embed(Box<embed::EmbedArgs>),
-    Score(Box<score::ScoreArgs>),
-    Generate(Box<generate::GenerateArgs>),
-    #[command(visible_alias = "token-classify")]
-    Tag(Box<tag::TagArgs>),
+    #[command(flatten)]
+    Job(JobSettings),
+    Run(run::RunArgs),
+    Check(run::CheckArgs),
+    #[command(hide = true)]
+    Schemas(schemas::SchemasArgs),
+    Eval(eval::EvalArgs),
     Sql(Box<sql::SqlArgs>),
     Inspect(inspect::InspectArgs),
     Completions(completions::CompletionsArgs),
@@ -64,24 +64,39 @@ pub fn main() -> ProcessExitCode {
     if std::env::var_os("RUST_BACKTRACE").is_none_or(|wanted| wanted == "0") {
         std::panic::set_hook(Box::new(|_| {}));
     }
-    let code = match parse(std::env::args_os()) {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let code = match parse(args.clone()) {
         Ok(cli) => match catch_unwind(AssertUnwindSafe(|| cli.run())).unwrap_or_else(|panic| Err(bug(&*panic))) {
             Ok(()) => ExitCode::Done,
             Err(error) => {
-                eprintln!("error: {error}");
+                // Where the command did not come to it.
+                log::start(&log::settings_of(&args));
+                log::error(&error);
                 error.exit_code()
             }
         },
-        Err(error) => {
+        Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
             // A closed pipe is no reason to change how the command ended.
             let _ = error.print();
-            match error.kind() {
-                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::Done,
-                _ => ExitCode::Usage,
-            }
+            ExitCode::Done
+        }
+        Err(error) => {
+            refuse(&error, &log::settings_of(&args));
+            ExitCode::Usage
         }
     };
     ProcessExitCode::from(code as u8)
+}
+
+/// Tells of a command line that is wrong: with the parser's hints for a person, on one line where JSON was asked for.
+fn refuse(error: &clap::Error, messages: &MessageSettings) {
+    let usage = log::usage_error(error);
+    let usage = job::refused(messages, usage);
+    match messages.log_format {
+        Some(LogFormat::Json) => log::error(&usage),
+        // A closed pipe is no reason to change how the command ended.
+        _ => drop(error.print()),
+    }
 }
 
 /// The error of a panic that nothing else caught.
@@ -118,11 +133,14 @@ fn environment_variable(arg: &clap::Arg) -> Option<String> {
 impl Cli {
     fn run(self) -> Result<()> {
         match self.command {
-            Command::Classify(args) => args.run(),
-            Command::Embed(args) => args.run(),
-            Command::Score(args) => args.run(),
-            Command::Generate(args) => args.run(),
-            Command::Tag(args) => args.run(),
+            Command::Job(settings) => {
+                let messages = settings.messages().clone();
+                job::run(settings.into_job().map_err(|error| job::refused(&messages, error))?)
+            }
+            Command::Run(args) => args.run(),
+            Command::Check(args) => args.run(),
+            Command::Schemas(args) => args.run(),
+            Command::Eval(args) => args.run(),
             Command::Sql(args) => args.run(),
             Command::Inspect(args) => args.run(),
             Command::Completions(args) => args.run(),

@@ -6,27 +6,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use clap::ValueEnum;
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
+use super::log;
 use crate::batch::Padding;
-use crate::job::{Counters, RunControl, RunReport};
-
-/// How progress is shown.
-#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
-pub enum ProgressMode {
-    /// A bar on a terminal, plain lines elsewhere
-    Auto,
-    /// A bar
-    Bar,
-    /// A line from time to time
-    Plain,
-    /// A JSON object a line
-    Json,
-    /// Nothing but the summary
-    None,
-}
+use crate::error::{Error, Result};
+use crate::job::{Counters, LogFormat, MessageSettings, ProgressMode, RunControl, RunDetails, RunReport};
 
 const BAR_INTERVAL: Duration = Duration::from_millis(200);
 const JSON_INTERVAL: Duration = Duration::from_secs(1);
@@ -37,7 +23,6 @@ const POLL: Duration = Duration::from_millis(50);
 /// The thread that shows a run's progress.
 pub struct Display {
     mode: ProgressMode,
-    quiet: bool,
     bar: ProgressBar,
     done: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -56,10 +41,18 @@ struct Snapshot {
 
 impl Display {
     /// Begins to show the progress of the run behind `control`.
-    pub fn start(mode: ProgressMode, quiet: bool, verbose: bool, control: Arc<RunControl>) -> Self {
-        let mode = match mode {
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a bar among JSON lines.
+    pub fn start(messages: &MessageSettings, control: Arc<RunControl>) -> Result<Self> {
+        let quiet = messages.quiet;
+        let is_json = messages.log_format == Some(LogFormat::Json);
+        let mode = match messages.progress.unwrap_or(ProgressMode::Auto) {
             _ if quiet => ProgressMode::None,
-            ProgressMode::Auto if stderr().is_terminal() => ProgressMode::Bar,
+            ProgressMode::Bar if is_json => {
+                return Err(Error::Usage("--progress bar does not go with --log-format json; leave one out".into()));
+            }
+            ProgressMode::Auto if !is_json && stderr().is_terminal() => ProgressMode::Bar,
             ProgressMode::Auto => ProgressMode::Plain,
             mode => mode,
         };
@@ -73,36 +66,48 @@ impl Display {
         let done = Arc::new(AtomicBool::new(false));
         let thread = {
             let (bar, done) = (bar.clone(), done.clone());
-            std::thread::spawn(move || watch(mode, verbose, &bar, &control, &done))
+            std::thread::spawn(move || watch(mode, &bar, &control, &done))
         };
-        Self { mode, quiet, bar, done, thread: Some(thread) }
+        if mode == ProgressMode::Bar {
+            log::set_bar(Some(bar.clone()));
+        }
+        Ok(Self { mode, bar, done, thread: Some(thread) })
     }
 
-    /// Ends the display with the run's summary; errors are told elsewhere.
-    pub fn finish(mut self, report: &RunReport) {
+    /// Ends the display.
+    pub fn close(&mut self) {
         self.done.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             // A display that panicked has nothing more to show, and the run's result stands.
             let _ = thread.join();
         }
         self.bar.finish_and_clear();
-        if self.quiet {
-            return;
-        }
+        log::set_bar(None);
+    }
+
+    /// Ends the display with the run's summary; errors are told elsewhere.
+    pub fn finish(mut self, report: &RunReport) {
+        self.close();
+        let (status, output) = (report.status, report.output.as_deref().unwrap_or(""));
         if self.mode == ProgressMode::Json {
             eprintln!("{}", json!({"event": "end", "report": report}));
         } else if let Some(details) = &report.details {
             for line in details.lines() {
-                eprintln!("{line}");
+                tracing::info!("{line}");
             }
-            eprintln!("written to {}", report.output);
-        } else if report.status == "nothing_to_do" {
-            eprintln!("{} is finished already: nothing to do", report.output);
+            let RunDetails { rows_in, rows_out, rows_failed, tokens, .. } = *details;
+            let seconds = details.timings.total_seconds;
+            tracing::info!(status, rows_in, rows_out, rows_failed, tokens, seconds, "written to {output}");
+            if let Some(audit) = details.audit.as_ref().filter(|audit| audit.rows_flipped > 0) {
+                tracing::warn!("{} audited rows have another result when they are alone", audit.rows_flipped);
+            }
+        } else if status == "nothing_to_do" {
+            tracing::info!(status, "{output} is finished already: nothing to do");
         }
     }
 }
 
-fn watch(mode: ProgressMode, verbose: bool, bar: &ProgressBar, control: &RunControl, done: &AtomicBool) {
+fn watch(mode: ProgressMode, bar: &ProgressBar, control: &RunControl, done: &AtomicBool) {
     let interval = match mode {
         ProgressMode::Bar => BAR_INTERVAL,
         ProgressMode::Json => JSON_INTERVAL,
@@ -111,14 +116,7 @@ fn watch(mode: ProgressMode, verbose: bool, bar: &ProgressBar, control: &RunCont
     let mut started: Option<Instant> = None;
     let mut last = Instant::now();
     loop {
-        let ending = done.load(Ordering::Relaxed);
-        if verbose {
-            for notice in control.take_notices() {
-                // A bar that was never drawn must not be: it has no length yet.
-                if bar.length().is_some() { bar.suspend(|| eprintln!("{notice}")) } else { eprintln!("{notice}") }
-            }
-        }
-        if ending {
+        if done.load(Ordering::Relaxed) {
             return;
         }
         if Counters::get(&control.counters.rows_total) > 0 {
@@ -167,7 +165,19 @@ fn show(mode: ProgressMode, bar: &ProgressBar, now: &Snapshot) {
             bar.set_position(now.rows);
             bar.set_message(now.message());
         }
-        ProgressMode::Plain => eprintln!("{}/{} rows, {}", now.rows, now.total, now.message()),
+        ProgressMode::Plain => tracing::info!(
+            rows = now.rows,
+            rows_total = now.total,
+            rows_failed = now.failed,
+            tokens = now.tokens,
+            tokens_per_second = now.tokens_per_second,
+            padding_percent = now.padding_percent,
+            eta_seconds = now.eta.map(|eta| eta.as_secs_f64()),
+            "{}/{} rows, {}",
+            now.rows,
+            now.total,
+            now.message()
+        ),
         ProgressMode::Json => eprintln!(
             "{}",
             json!({

@@ -14,9 +14,8 @@ use datafusion::execution::memory_pool::FairSpillPool;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::prelude::{SessionConfig, SessionContext};
 
-use super::progress::ProgressMode;
-use super::values::count;
 use crate::error::{Error, Result};
+use crate::job::{ProgressMode, count};
 use crate::sql::{ModelRegistry, RegistryOptions, register, to_error, with_file_tables};
 use output::Output;
 use progress::QueryProgress;
@@ -95,8 +94,8 @@ pub enum Format {
 
 impl SqlArgs {
     pub fn run(self) -> Result<()> {
-        super::common::check_device(&self.device)?;
-        super::common::set_threads(self.threads)?;
+        super::job::check_device(&self.device)?;
+        super::job::use_threads(self.threads)?;
         let options = RegistryOptions {
             max_batch_tokens: self.max_batch_tokens as usize,
             kv_cache_bytes: usize::try_from(self.kv_cache_memory).unwrap_or(usize::MAX),

@@ -258,7 +258,7 @@ pub(super) fn cannot_create(path: &Path, error: io::Error) -> Error {
 }
 
 /// The error for a failed library call that wrote `path`: the I/O error that it wraps, else a bug.
-pub(super) fn write_failed(path: &Path, error: &(dyn StdError + 'static)) -> Error {
+pub(crate) fn write_failed(path: &Path, error: &(dyn StdError + 'static)) -> Error {
     match io_cause(error) {
         Some(source) => Error::io("write", path)(source),
         None => Error::Internal(format!("writing {}: {}", path.display(), one_line(error))),

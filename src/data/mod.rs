@@ -6,6 +6,7 @@
 
 pub mod commit;
 pub mod dataset;
+pub mod digest;
 pub mod discover;
 mod drift;
 pub mod filter;

@@ -125,7 +125,7 @@ impl Generator {
             generator: self,
             tokenizer,
             scheduler: match self.batching {
-                Batching::InFlight => Batches::InFlight(Scheduler::new(&self.model, tokenizer, self.limits)),
+                Batching::InFlight => Batches::InFlight(Scheduler::new(&*self.model, tokenizer, self.limits)),
                 Batching::Static => Batches::Static(StaticBatches::new(&self.model, tokenizer, self.limits)),
             },
             windows: VecDeque::new(),
@@ -289,7 +289,7 @@ impl<T> Generation<'_, T> {
             .collect();
         let mut columns = self.columns(&completions);
         columns.extend(common_columns(&window.rows));
-        Ok(Some((window.tag, Inferred { columns, stats, first_error })))
+        Ok(Some((window.tag, Inferred { columns, stats, first_error, kept: Vec::new() })))
     }
 
     /// The columns of [`generate_fields`]; rows without completions are null.

@@ -33,7 +33,7 @@ pub trait Head: Send + Sync {
     /// When a tensor operation fails.
     fn forward(&self, model: &MistralModel, batch: &PackedBatch, details: &[&TokenDetail]) -> Result<Vec<HeadOutput>>;
 
-    /// Joins the outputs of one text's chunks, given in text order; there is at least one.
+    /// Makes the outputs of one text's chunks, given in text order, into its result; there is at least one.
     fn merge(&self, chunks: Vec<HeadOutput>) -> HeadOutput;
 
     /// Makes the result columns from one output per row; a row without one is null.
@@ -46,7 +46,7 @@ pub trait Head: Send + Sync {
 /// What a head computes for one sequence.
 #[derive(Debug, Clone, PartialEq)]
 pub enum HeadOutput {
-    /// A number for each label, or for each dimension of a vector.
+    /// A number for each label, or for each dimension of a vector: logits until they are merged.
     Values(Vec<f32>),
     /// The scored tokens, in text order.
     Logprobs(Vec<TokenLogprob>),
@@ -69,6 +69,15 @@ impl HeadOutput {
             Self::Values(values) => values.iter().all(|value| value.is_finite()),
             Self::Logprobs(tokens) => tokens.iter().all(|token| token.logprob.is_finite()),
             Self::Tags(tokens) => tokens.iter().flat_map(|token| &token.scores).all(|score| score.is_finite()),
+        }
+    }
+
+    /// Every number in it.
+    pub fn numbers(&self) -> Vec<f64> {
+        match self {
+            Self::Values(values) => values.iter().copied().map(f64::from).collect(),
+            Self::Logprobs(tokens) => tokens.iter().map(|token| f64::from(token.logprob)).collect(),
+            Self::Tags(tokens) => tokens.iter().flat_map(|token| &token.scores).copied().map(f64::from).collect(),
         }
     }
 

@@ -167,15 +167,16 @@ impl Head for SequenceClassification {
             .collect();
         let hidden_states = model.forward_at(batch, &pooled)?; // [B, hidden]
         let logits = hidden_states.matmul(&self.score.t()?)?.to_vec2::<f32>()?; // [B, labels]
-        Ok(logits.into_iter().map(|logits| HeadOutput::Values(apply(self.function, &logits))).collect())
+        Ok(logits.into_iter().map(HeadOutput::Values).collect())
     }
 
-    /// Chunks of one text count alike: their scores are averaged.
-    fn merge(&self, mut chunks: Vec<HeadOutput>) -> HeadOutput {
-        if chunks.len() == 1 {
-            return chunks.swap_remove(0);
+    /// Logits become scores; chunks of one text count alike: their scores are averaged.
+    fn merge(&self, chunks: Vec<HeadOutput>) -> HeadOutput {
+        let mut scores: Vec<Vec<f32>> = chunks.iter().map(|chunk| apply(self.function, chunk.values())).collect();
+        if scores.len() == 1 {
+            return HeadOutput::Values(scores.swap_remove(0));
         }
-        let mean = |label: usize| chunks.iter().map(|chunk| chunk.values()[label]).sum::<f32>() / chunks.len() as f32;
+        let mean = |label: usize| scores.iter().map(|scores| scores[label]).sum::<f32>() / scores.len() as f32;
         HeadOutput::Values((0..self.labels.len()).map(mean).collect())
     }
 
@@ -333,7 +334,8 @@ mod tests {
     #[test]
     fn chunks_are_averaged() {
         let head = head(TaskKind::SingleLabel, None, Default::default());
-        let merged = head.merge(vec![HeadOutput::Values(vec![1.0, 0.0, 0.0]), HeadOutput::Values(vec![0.5, 0.5, 0.0])]);
-        assert_eq!(merged, HeadOutput::Values(vec![0.75, 0.25, 0.0]));
+        let chunks = || vec![HeadOutput::Values(vec![200.0, 0.0, 0.0]), HeadOutput::Values(vec![200.0, 200.0, 0.0])];
+        assert_eq!(head.merge(chunks()), HeadOutput::Values(vec![0.75, 0.25, 0.0]), "as scores, not as logits");
+        assert_eq!(head.merge(chunks().split_off(1)), HeadOutput::Values(vec![0.5, 0.5, 0.0]));
     }
 }

@@ -10,6 +10,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::generation::GenerateOptions;
+use super::models::ModelCache;
 use super::row_params::RowParams;
 use super::spec::{JobSpec, PromptSpec};
 use super::truth::TruthKind;
@@ -20,7 +21,7 @@ use crate::heads::{
     Aggregation, ClassifyOptions, EmbedOptions, Embedding, Head, Score, SequenceClassification, TagOptions, TaskKind,
     TokenClassification, check_architecture,
 };
-use crate::model::{Architecture, Checkpoint, MistralModel};
+use crate::model::{Architecture, Checkpoint};
 use crate::text::{Overflow, TextTokenizer};
 
 /// Tokens that neighbouring chunks share where nothing is said; a quarter of the limit where that is less.
@@ -131,7 +132,7 @@ impl CommandSpec {
         }
     }
 
-    /// Loads the model and the command's head.
+    /// Loads the command's head, and the model where `models` does not hold it.
     ///
     /// # Errors
     /// As [`CommandSpec::fields`], and when weights are unusable.
@@ -140,6 +141,7 @@ impl CommandSpec {
         spec: &JobSpec,
         checkpoint: &Checkpoint,
         tokenizer: TextTokenizer,
+        models: &ModelCache,
         device: &Device,
     ) -> Result<Engine> {
         let head: Box<dyn Head> = match self {
@@ -153,10 +155,11 @@ impl CommandSpec {
                 Box::new(TokenClassification::load(checkpoint, options.clone(), tokenizer.clone(), device)?)
             }
             Self::Generate(options) => {
-                return Ok(Engine::generating(options.generator(checkpoint, spec, &tokenizer, device)?, tokenizer));
+                let generator = options.generator(checkpoint, spec, &tokenizer, models, device)?;
+                return Ok(Engine::generating(generator, tokenizer));
             }
         };
-        Ok(Engine::new(MistralModel::load(checkpoint, device)?, head, tokenizer, spec.max_batch_tokens))
+        Ok(Engine::new(models.base(checkpoint, device)?, head, tokenizer, spec.max_batch_tokens))
     }
 
     /// How results compare with a truth column of type `truth`.

@@ -1,6 +1,5 @@
 //! How a running job is watched and stopped from outside.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use crate::batch::Padding;
@@ -12,7 +11,6 @@ use crate::error::{Error, Result};
 pub struct RunControl {
     pub counters: Counters,
     stop_signal: AtomicI32,
-    notices: Mutex<Vec<String>>,
 }
 
 /// What a job has done so far; only ever growing.
@@ -36,14 +34,7 @@ pub struct Counters {
 impl RunControl {
     /// Notes what was planned or done, for a person who wants to know.
     pub fn notice(&self, message: String) {
-        if let Ok(mut notices) = self.notices.lock() {
-            notices.push(message);
-        }
-    }
-
-    /// The notices since the last call.
-    pub fn take_notices(&self) -> Vec<String> {
-        self.notices.lock().map(|mut notices| std::mem::take(&mut *notices)).unwrap_or_default()
+        tracing::debug!("{message}");
     }
 
     /// Asks the job to stop as soon as it can leave a resumable output.

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::models::ModelCache;
 use super::row_params::RowParams;
 use super::spec::JobSpec;
 use crate::data::dataset::Dataset;
 use crate::engine::Generator;
 use crate::error::{Error, Result};
-use crate::generation::{Batching, CausalLm, Constraint, GenerationDefaults, Grammar, SamplingParams, SchedulerLimits};
+use crate::generation::{Batching, Constraint, GenerationDefaults, Grammar, SamplingParams, SchedulerLimits};
 use crate::model::Checkpoint;
 use crate::text::TextTokenizer;
 use candle_core::Device;
@@ -116,7 +117,7 @@ impl GenerateOptions {
         RowParams::new(dataset, column, params, eos_token_ids).map(Some)
     }
 
-    /// Loads the model.
+    /// Loads the model where `models` does not hold it.
     ///
     /// # Errors
     /// As [`GenerateOptions::constrained`], and when weights are unusable.
@@ -125,6 +126,7 @@ impl GenerateOptions {
         checkpoint: &Checkpoint,
         spec: &JobSpec,
         tokenizer: &TextTokenizer,
+        models: &ModelCache,
         device: &Device,
     ) -> Result<Generator> {
         let params = self.constrained(checkpoint, tokenizer)?;
@@ -133,7 +135,7 @@ impl GenerateOptions {
             max_rows: MAX_LIVE_ROWS,
             prefill_tokens: spec.max_batch_tokens,
         };
-        let generator = Generator::new(CausalLm::load(checkpoint, device)?, params, self.samples, limits);
+        let generator = Generator::new(models.causal_lm(checkpoint, device)?, params, self.samples, limits);
         Ok(generator.with_batching(self.batching))
     }
 }

@@ -1,20 +1,33 @@
 //! A job: what to run over which data, planned, run, and reported.
 
+mod audit;
+mod check;
 mod command;
 mod control;
 mod generation;
+pub mod job_file;
+mod models;
 mod pipeline;
 mod plan;
 mod prompts;
 mod report;
 mod row_params;
 mod runner;
+pub mod schema;
+pub mod settings;
 mod spec;
-mod truth;
+pub mod truth;
+mod variables;
 
+pub use audit::AuditReport;
+pub use check::{CheckReport, check};
 pub use command::{CommandSpec, ContinuationColumns, DEFAULT_STRIDE, ScoreOptions};
 pub use control::{Counters, RunControl};
 pub use generation::{DEFAULT_KV_CACHE_BYTES, GenerateOptions};
-pub use report::{RunDetails, RunReport, UnitCounts};
-pub use runner::run;
+pub use job_file::{JobFile, JobFileIdentity};
+pub use models::ModelCache;
+pub use report::{Hashes, RunDetails, RunReport, Timings, UnitCounts};
+pub use runner::{JobIdentity, identify, run, run_sharing};
+pub use settings::{Job, JobSettings, LogFormat, MessageSettings, ProgressMode, count};
 pub use spec::{DEFAULT_MAX_BATCH_TOKENS, JobSpec, PromptSpec};
+pub use variables::Variables;

@@ -11,6 +11,7 @@ use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::task::spawn_blocking;
 
+use super::audit::{AuditReport, AuditRow, AuditSample, RowResults};
 use super::control::{Counters, RunControl};
 use super::plan::JobPlan;
 use super::prompts::RowTexts;
@@ -25,18 +26,22 @@ use crate::data::source::{Window, WindowReader};
 use crate::data::units::Unit;
 use crate::engine::{BatchObserver, Engine, Generation, Inferred, PreparedRows};
 use crate::error::{Error, Result};
+use crate::generation::SamplingParams;
 
 /// Windows that wait between two stages.
 const CHANNEL_DEPTH: usize = 1;
 
 /// What one run of the pipeline did.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct PipelineTotals {
     pub counts: UnitCounts,
     /// Time in model and head.
     pub busy: Duration,
     /// From the first row read to the last part committed.
     pub elapsed: Duration,
+    pub audit_elapsed: Duration,
+    /// What the audit found, where one was asked for.
+    pub audit: Option<AuditReport>,
 }
 
 /// Rows of a window on their way through the device.
@@ -49,6 +54,9 @@ struct WindowRows {
     /// Which rows of the window passed.
     passing: Option<BooleanArray>,
 }
+
+/// A window in generation, with those of its rows that may be audited: index, number, tokens and own settings.
+type GeneratingWindow = (WindowRows, Vec<(usize, u64, PreparedRows, Option<Arc<SamplingParams>>)>);
 
 /// A window whose texts are tokenized.
 type PreparedWindow = (WindowRows, PreparedRows);
@@ -88,7 +96,8 @@ pub async fn run(
 ) -> Result<(Sink, PipelineTotals)> {
     let started = Instant::now();
     let windows = plan.windows(pending)?;
-    let stage = Stage { spec: spec.clone(), plan: plan.clone(), engine: Arc::new(engine), control: control.clone() };
+    let engine = Arc::new(engine);
+    let stage = Stage { spec: spec.clone(), plan: plan.clone(), engine: engine.clone(), control: control.clone() };
     let (to_prepare, windows_read) = channel(CHANNEL_DEPTH);
     let (to_compute, windows_prepared) = channel(CHANNEL_DEPTH);
     let (to_write, windows_finished) = channel(CHANNEL_DEPTH);
@@ -103,10 +112,19 @@ pub async fn run(
     // A neighbour's failure only makes a stage run dry, so the order of these does not hide a cause.
     reading?;
     preparing?;
-    computing?;
+    let sample = computing?;
     let (sink, counts, busy) = writing?;
     control.check()?;
-    Ok((sink, PipelineTotals { counts, busy, elapsed: started.elapsed() }))
+    let elapsed = started.elapsed();
+    let audit = match sample {
+        Some(sample) => {
+            let control = control.clone();
+            Some(join(spawn_blocking(move || sample.settle(&engine, &control))).await?)
+        }
+        None => None,
+    };
+    let audit_elapsed = started.elapsed() - elapsed;
+    Ok((sink, PipelineTotals { counts, busy, elapsed, audit_elapsed, audit }))
 }
 
 impl Stage {
@@ -149,11 +167,14 @@ impl Stage {
         receiver: Receiver<PreparedWindow>,
         sender: Sender<FinishedWindow>,
         failed_rows: u64,
-    ) -> Result<()> {
+    ) -> Result<Option<AuditSample>> {
+        let mut sample =
+            self.spec.audit.map(|rows| AuditSample::new(rows, &self.plan.file.fingerprint, &self.spec.command));
         match self.engine.start_generation() {
-            Some(generation) => self.generate(generation, receiver, sender, failed_rows),
-            None => self.infer(receiver, sender, failed_rows),
+            Some(generation) => self.generate(generation, receiver, sender, failed_rows, &mut sample)?,
+            None => self.infer(receiver, sender, failed_rows, &mut sample)?,
         }
+        Ok(sample)
     }
 
     /// One window after the other.
@@ -162,11 +183,25 @@ impl Stage {
         mut receiver: Receiver<PreparedWindow>,
         sender: Sender<FinishedWindow>,
         mut failed_rows: u64,
+        sample: &mut Option<AuditSample>,
     ) -> Result<()> {
         while let Some((window, rows)) = receiver.blocking_recv() {
-            let Some(inferred) = self.engine.infer(rows, &*self.control)? else {
+            let mut picked: Vec<(usize, u64, PreparedRows)> = Vec::new();
+            if let Some(sample) = sample {
+                let numbers = self.row_numbers(&window);
+                let indices = sample.pick(&numbers, &rows);
+                picked = indices.into_iter().map(|index| (index, numbers[index], rows.row(index))).collect();
+            }
+            let keep: Vec<usize> = picked.iter().map(|(index, ..)| *index).collect();
+            let Some(mut inferred) = self.engine.infer_keeping(rows, &keep, &*self.control)? else {
                 return self.control.check();
             };
+            if let Some(sample) = sample {
+                for ((index, number, prepared), outputs) in picked.into_iter().zip(std::mem::take(&mut inferred.kept)) {
+                    let results = RowResults::of_row(outputs, &inferred.columns, index)?;
+                    sample.add(AuditRow { number, prepared, params: None, results });
+                }
+            }
             if sender.blocking_send(self.finish(window, inferred, &mut failed_rows)?).is_err() {
                 break;
             }
@@ -177,10 +212,11 @@ impl Stage {
     /// Windows overlap: the next one's prompts fill the slots that the one before leaves.
     fn generate(
         &self,
-        mut generation: Generation<'_, WindowRows>,
+        mut generation: Generation<'_, GeneratingWindow>,
         mut receiver: Receiver<PreparedWindow>,
         sender: Sender<FinishedWindow>,
         mut failed_rows: u64,
+        sample: &mut Option<AuditSample>,
     ) -> Result<()> {
         let mut input_ended = false;
         loop {
@@ -197,19 +233,37 @@ impl Stage {
                 match next {
                     None => input_ended = true,
                     Some((window, rows)) => {
-                        let numbers = self.row_numbers(&window).into_iter();
-                        let without_work = match &self.plan.row_params {
-                            None => generation.push(window, rows, numbers),
-                            Some(row_params) => {
-                                let params = row_params.rows(&window.batch)?;
-                                generation.push_with(window, rows, numbers.zip(params))
+                        let numbers = self.row_numbers(&window);
+                        let params =
+                            self.plan.row_params.as_ref().map(|params| params.rows(&window.batch)).transpose()?;
+                        let mut picked = Vec::new();
+                        for index in sample.as_ref().map_or_else(Vec::new, |sample| sample.pick(&numbers, &rows)) {
+                            let own = params.as_ref().map(|params| &params[index]);
+                            match own {
+                                // Such a row has no result, and nothing to audit.
+                                Some(Err(_)) => {}
+                                Some(Ok(own)) => {
+                                    picked.push((index, numbers[index], rows.row(index), Some(own.clone())))
+                                }
+                                None => picked.push((index, numbers[index], rows.row(index), None)),
                             }
+                        }
+                        let numbers = numbers.into_iter();
+                        let without_work = match params {
+                            None => generation.push((window, picked), rows, numbers),
+                            Some(params) => generation.push_with((window, picked), rows, numbers.zip(params)),
                         };
                         self.control.after_batch(without_work, Padding::default());
                     }
                 }
             }
-            while let Some((window, inferred)) = generation.pop()? {
+            while let Some(((window, picked), inferred)) = generation.pop()? {
+                if let Some(sample) = sample {
+                    for (index, number, prepared, params) in picked {
+                        let results = RowResults::of_row(Vec::new(), &inferred.columns, index)?;
+                        sample.add(AuditRow { number, prepared, params, results });
+                    }
+                }
                 if sender.blocking_send(self.finish(window, inferred, &mut failed_rows)?).is_err() {
                     return Ok(());
                 }

@@ -5,10 +5,15 @@ use std::ops::AddAssign;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::audit::AuditReport;
+use super::control::Counters;
+use super::job_file::JobFileIdentity;
+use super::plan::JobPlan;
 use super::spec::JobSpec;
 use super::truth::Agreement;
 use crate::batch::Padding;
 use crate::data::part::{PartFooter, PartWriter};
+use crate::data::sink::OnExisting;
 use crate::engine::InferStats;
 use crate::error::{Error, Result};
 
@@ -89,15 +94,76 @@ pub struct RunReport {
     /// `done`, `nothing_to_do`, or for a run that ended early `failed` or `stopped`.
     pub status: &'static str,
     pub exit_code: u8,
+    /// Whether the same run again may go through without anybody doing anything.
+    pub retryable: bool,
     /// The message of a run that ended early.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    pub command: &'static str,
+    /// Null where the command line or the job file was not understood; so are model and output.
+    pub command: Option<&'static str>,
     pub version: &'static str,
-    pub model: String,
-    pub output: String,
+    pub model: Option<String>,
+    pub output: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub job_file: Option<JobFileIdentity>,
+    /// UTC, as RFC 3339 has it; null where the run did not begin.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hashes: Option<Hashes>,
+    /// What a run that ended early had done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress: Option<RunProgress>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub details: Option<RunDetails>,
+    /// The details of the earlier run that finished the output, where it keeps them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub finished_earlier: Option<Value>,
+}
+
+/// SHA-256 of what went into the results and of what came out, in hexadecimal.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Hashes {
+    /// The plan's fingerprint: of all settings that determine results, the checkpoint's hashes among them.
+    pub job: String,
+    /// Of the input files' sizes and times (or etags), and of how they are cut into units.
+    pub inputs: String,
+    /// Of the checkpoint's `config.json`.
+    pub config: String,
+    /// Of every tensor's name, dtype, shape and first bytes.
+    pub weights: String,
+    pub tokenizer: String,
+    /// Of the output file, or of its parts as `sha256sum part-*.parquet | sha256sum` gives it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output: Option<String>,
+}
+
+/// What a run that ended early had done.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RunProgress {
+    /// Rows that this run was to read.
+    pub rows_planned: u64,
+    /// Rows that were computed; those of parts that were not committed are lost.
+    pub rows_done: u64,
+    pub rows_failed: u64,
+    pub tokens: u64,
+    /// Units that this run committed.
+    pub units_committed: u64,
+}
+
+impl Hashes {
+    /// What is known before the output is there.
+    pub fn new(plan: &JobPlan) -> Self {
+        let of = |key: &str| plan.footer.get(key).cloned().unwrap_or_default();
+        Self {
+            job: plan.file.fingerprint.clone(),
+            inputs: plan.file.rows_digest(),
+            config: of("config_sha256"),
+            weights: of("weights_sha256"),
+            tokenizer: of("tokenizer_sha256"),
+            output: None,
+        }
+    }
 }
 
 impl RunReport {
@@ -105,22 +171,82 @@ impl RunReport {
     pub fn new(spec: &JobSpec, status: &'static str, details: Option<RunDetails>) -> Self {
         Self {
             status,
-            exit_code: 0,
-            error: None,
-            command: spec.command.name(),
-            version: env!("CARGO_PKG_VERSION"),
-            model: spec.model.clone(),
-            output: spec.output.display().to_string(),
+            command: Some(spec.command.name()),
+            model: Some(spec.model.clone()),
+            output: Some(spec.output.display().to_string()),
             details,
+            ..Self::empty()
         }
     }
 
     /// The report of a run that `error` ended.
     pub fn failed(spec: &JobSpec, error: &Error) -> Self {
-        let status = if matches!(error, Error::Stopped { .. }) { "stopped" } else { "failed" };
-        let exit_code = error.exit_code() as u8;
-        Self { exit_code, error: Some(error.to_string()), ..Self::new(spec, status, None) }
+        let report = Self::refused(error);
+        // A plain command refuses what it left itself until --resume says otherwise.
+        let needs_resume = matches!(error, Error::Stopped { .. }) && spec.on_existing == OnExisting::Refuse;
+        let Self { status, exit_code, error, .. } = report;
+        let retryable = report.retryable && !needs_resume;
+        Self { exit_code, retryable, error, ..Self::new(spec, status, None) }
     }
+
+    /// The report of a command that was not understood.
+    pub fn refused(error: &Error) -> Self {
+        Self {
+            status: if matches!(error, Error::Stopped { .. }) { "stopped" } else { "failed" },
+            exit_code: error.exit_code() as u8,
+            retryable: error.is_retryable(),
+            error: Some(error.to_string()),
+            ..Self::empty()
+        }
+    }
+
+    fn empty() -> Self {
+        Self {
+            status: "done",
+            exit_code: 0,
+            retryable: false,
+            error: None,
+            command: None,
+            version: env!("CARGO_PKG_VERSION"),
+            model: None,
+            output: None,
+            job_file: None,
+            started_at: None,
+            hashes: None,
+            progress: None,
+            details: None,
+            finished_earlier: None,
+        }
+    }
+
+    /// The same with what the run had done when it ended.
+    pub fn with_progress(self, counters: &Counters) -> Self {
+        let get = Counters::get;
+        let progress = RunProgress {
+            rows_planned: get(&counters.rows_total),
+            rows_done: get(&counters.rows_done),
+            rows_failed: get(&counters.rows_failed),
+            tokens: get(&counters.real_tokens),
+            units_committed: get(&counters.parts),
+        };
+        Self { progress: Some(progress), ..self }
+    }
+}
+
+/// Where a run's wall time went, in seconds; the stages of the pipeline overlap.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Timings {
+    /// Reading what the inputs and the checkpoint are, and checking the job.
+    pub plan_seconds: f64,
+    /// Reading the weights.
+    pub load_seconds: f64,
+    /// From the first row read to the last part written.
+    pub pipeline_seconds: f64,
+    /// In model and head, within the pipeline.
+    pub model_seconds: f64,
+    pub audit_seconds: f64,
+    /// From the start to the commit of the output.
+    pub total_seconds: f64,
 }
 
 /// The numbers of a run that reached its end.
@@ -140,14 +266,13 @@ pub struct RunDetails {
     pub batches: u64,
     pub tokens: u64,
     pub padding_percent: f64,
-    /// Wall time of this run in seconds, from its start to the commit of the output.
-    pub seconds: f64,
-    /// Wall time from the first row read to the last part written.
-    pub pipeline_seconds: f64,
+    pub timings: Timings,
     /// Tokens of this run per second of its pipeline.
     pub tokens_per_second: f64,
     /// Share of the pipeline's time in which the model computed, in percent.
     pub model_busy_percent: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit: Option<AuditReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub truth: Option<Value>,
     /// The truth comparison in words.
@@ -172,9 +297,10 @@ impl RunDetails {
         ));
         lines.push(format!(
             "{:.1} s, {:.0} tokens/s, model busy {:.0}% of the time",
-            self.seconds, self.tokens_per_second, self.model_busy_percent
+            self.timings.total_seconds, self.tokens_per_second, self.model_busy_percent
         ));
         lines.extend(self.truth_line.clone());
+        lines.extend(self.audit.as_ref().map(AuditReport::line));
         lines
     }
 }

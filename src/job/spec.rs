@@ -44,6 +44,8 @@ pub struct JobSpec {
     pub max_batch_tokens: usize,
     /// Rows of a unit.
     pub unit_rows: Option<u64>,
+    /// Rows that are computed once more at the end, each alone, to see that their company changed nothing.
+    pub audit: Option<u64>,
     /// Failed rows that are recorded and not fatal; any number when `None`.
     pub max_errors: Option<u64>,
 }

@@ -199,10 +199,13 @@ impl std::ops::AddAssign for Agreement {
 }
 
 /// First character, the one after the last, label.
-type LabelledSpan = (usize, usize, String);
+pub type LabelledSpan = (usize, usize, String);
 
 /// Each row's entities.
-fn entities(column: &ArrayRef) -> Result<Vec<Option<Vec<LabelledSpan>>>> {
+///
+/// # Errors
+/// When the column is no list of structs with start, end and label (or entity).
+pub fn entities(column: &ArrayRef) -> Result<Vec<Option<Vec<LabelledSpan>>>> {
     let unreadable = || Error::Internal(format!("entities in a {} column", column.data_type()));
     let lists: ListArray = match column.data_type() {
         DataType::List(item) | DataType::LargeList(item) => {
@@ -227,7 +230,7 @@ fn entities(column: &ArrayRef) -> Result<Vec<Option<Vec<LabelledSpan>>>> {
 }
 
 /// Entities without the white space at their ends.
-fn trimmed(entities: Vec<LabelledSpan>, text: &[char]) -> BTreeSet<LabelledSpan> {
+pub fn trimmed(entities: Vec<LabelledSpan>, text: &[char]) -> BTreeSet<LabelledSpan> {
     let is_space = |at: usize| text.get(at).is_some_and(|character| character.is_whitespace());
     let trim = |(mut start, mut end, label): LabelledSpan| {
         while start < end && is_space(start) {
@@ -242,7 +245,10 @@ fn trimmed(entities: Vec<LabelledSpan>, text: &[char]) -> BTreeSet<LabelledSpan>
 }
 
 /// Each row's labels, sorted; entries of a struct list are told by their `label` field.
-fn label_sets(column: &ArrayRef) -> Result<Vec<Option<Vec<String>>>> {
+///
+/// # Errors
+/// When the column is no list.
+pub fn label_sets(column: &ArrayRef) -> Result<Vec<Option<Vec<String>>>> {
     let item = match column.data_type() {
         DataType::List(item) | DataType::LargeList(item) => item,
         other => return Err(Error::Internal(format!("labels in a {other} column"))),

@@ -174,6 +174,14 @@ impl MistralConfig {
         }
     }
 
+    /// What the widest moment of a layer holds, in bytes of f32: residual, its norm, and the larger of the attention's and
+    /// the feed-forward's intermediates.
+    pub fn activation_bytes(&self, tokens: usize) -> usize {
+        let attention = 2 * self.heads().qkv_width() + self.num_attention_heads * self.head_dim;
+        let feed_forward = 3 * self.intermediate_size;
+        4 * tokens * (2 * self.hidden_size + attention.max(feed_forward))
+    }
+
     /// The number of labels of a classification head.
     pub fn num_labels(&self) -> usize {
         self.labels.len()

@@ -2,12 +2,16 @@
 
 mod constrained;
 mod errors;
+mod eval;
 mod formats;
 mod generate;
 mod goldens;
 mod heads;
+mod job_files;
 mod jobs;
 mod kills;
+mod messages;
 mod prompts;
 mod row_params;
+mod schedulers;
 mod support;

@@ -1,4 +1,28 @@
-//! How numbers and switches are written on the command line.
+//! How numbers are written in flags and job files.
+
+use std::borrow::Cow;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+
+/// The schema of what [`count`] parses.
+pub struct Count;
+
+impl JsonSchema for Count {
+    fn schema_name() -> Cow<'static, str> {
+        "Count".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "anyOf": [
+            { "type": "integer", "minimum": 1 },
+            { "type": "string", "pattern": "^[0-9]+[kKmMgG]?$" },
+        ]})
+    }
+}
 
 /// Parses a count that may end in k, M or G: `16k` is 16,384.
 ///

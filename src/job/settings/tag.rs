@@ -1,9 +1,10 @@
-//! `mistral-batch tag`.
+//! The settings of `mistral-batch tag`.
 
 use clap::{Args, ValueEnum};
+use schemars::JsonSchema;
 
-use super::common::CommonArgs;
-use crate::error::Result;
+use super::common::CommonSettings;
+use super::{Job, MessageSettings};
 use crate::heads::{Aggregation, TagOptions};
 use crate::job::CommandSpec;
 
@@ -12,15 +13,16 @@ use crate::job::CommandSpec;
 /// Appends entities (a list of entity, score, start, end and word), num_tokens, truncated and error to the input's
 /// columns. start and end count Unicode characters of the text. A text over the limit is computed in overlapping
 /// windows (--max-length, --stride) and its entities are told as if it had been one.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args, JsonSchema)]
 #[command(after_help = "\
 Examples:
   mistral-batch tag -i letters.parquet --model ./pii-tagger -o found
   mistral-batch tag -i letters.parquet --model ./pii-tagger --aggregation first -o found.jsonl
   mistral-batch tag -i books/ --model ./pii-tagger --max-length 512 --stride 128 -o found")]
-pub struct TagArgs {
+pub struct TagSettings {
     #[command(flatten)]
-    common: CommonArgs,
+    #[schemars(flatten)]
+    common: CommonSettings,
 
     /// How tokens are fused into entities
     #[arg(long, value_enum, value_name = "HOW", default_value = "simple", help_heading = "Tagging")]
@@ -31,7 +33,8 @@ pub struct TagArgs {
     ignore_labels: Vec<String>,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, ValueEnum, JsonSchema)]
+#[schemars(rename_all = "kebab-case")]
 enum AggregationArg {
     /// Every token is an entity of its own
     None,
@@ -45,8 +48,12 @@ enum AggregationArg {
     Max,
 }
 
-impl TagArgs {
-    pub fn run(self) -> Result<()> {
+impl TagSettings {
+    pub(super) fn messages(&self) -> &MessageSettings {
+        self.common.messages()
+    }
+
+    pub(super) fn into_job(self) -> Job {
         let options = TagOptions {
             aggregation: match self.aggregation {
                 AggregationArg::None => Aggregation::None,
@@ -57,6 +64,6 @@ impl TagArgs {
             },
             ignore_labels: self.ignore_labels,
         };
-        self.common.run(CommandSpec::Tag(options))
+        self.common.into_job(CommandSpec::Tag(options))
     }
 }

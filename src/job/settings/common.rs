@@ -1,31 +1,30 @@
-//! The flags that every command with a model has, and how such a command runs.
+//! The settings that every command with a model has.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
-use clap::{Args, ValueEnum};
-use tokio::signal::unix::{SignalKind, signal};
+use clap::{Args, ValueEnum, ValueHint};
+use schemars::JsonSchema;
 
-use super::progress::{Display, ProgressMode};
-use super::values::count;
+use super::values::{Count, count};
+use super::{Job, MessageSettings};
 use crate::data::format::InputFormat;
 use crate::data::sink::OnExisting;
-use crate::error::{Error, Result, SIGINT, SIGTERM};
-use crate::job::{self, CommandSpec, DEFAULT_MAX_BATCH_TOKENS, JobSpec, PromptSpec, RunControl, RunReport};
+use crate::job::{CommandSpec, DEFAULT_MAX_BATCH_TOKENS, JobSpec, PromptSpec};
 use crate::text::Overflow;
 
-#[derive(Debug, Args)]
-pub struct CommonArgs {
+#[derive(Debug, Clone, Args, JsonSchema)]
+pub struct CommonSettings {
     /// Dataset to read: a file, a glob, or a folder (with key=value subfolders as columns); repeatable
-    #[arg(short, long, value_name = "PATH|GLOB|DIR", required = true, help_heading = "Data")]
+    #[arg(short, long, value_name = "PATH|GLOB|DIR", required = true, value_hint = ValueHint::AnyPath, help_heading = "Data")]
     input: Vec<String>,
 
     /// Where to write: a folder of Parquet parts, or one file ending in .parquet, .arrow, .jsonl or .csv
-    #[arg(short, long, value_name = "PATH", help_heading = "Data")]
+    #[arg(short, long, value_name = "PATH", value_hint = ValueHint::AnyPath, help_heading = "Data")]
     output: PathBuf,
 
     /// Read files as this format [default: by extension]
     #[arg(long, value_name = "FORMAT", help_heading = "Data")]
+    #[schemars(with = "Option<InputFormatName>")]
     input_format: Option<InputFormat>,
 
     /// Column that holds the text
@@ -59,10 +58,12 @@ pub struct CommonArgs {
     prefix: String,
 
     /// Only rows that meet this SQL condition, such as "lang = 'en' AND length(text) > 20"
+    #[schemars(rename = "where")]
     #[arg(long = "where", value_name = "SQL", help_heading = "Data")]
     filter: Option<String>,
 
     /// Only the first N rows, counted after --where
+    #[schemars(range(min = 1))]
     #[arg(short = 'L', long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Data")]
     limit: Option<u64>,
 
@@ -71,10 +72,11 @@ pub struct CommonArgs {
     truth_column: Option<String>,
 
     /// Checkpoint folder, or a hub id (org/name[@revision]) in the local Hugging Face cache
-    #[arg(long, visible_alias = "model-id", value_name = "DIR|ID", help_heading = "Model")]
+    #[arg(long, visible_alias = "model-id", value_name = "DIR|ID", value_hint = ValueHint::DirPath, help_heading = "Model")]
     model: String,
 
     /// Tokens of a text, special tokens included [default: the checkpoint's limit]
+    #[schemars(range(min = 1))]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Model")]
     max_length: Option<u64>,
 
@@ -97,13 +99,16 @@ pub struct CommonArgs {
     /// Tokens of a batch, padding included; accepts 16k
     #[arg(long, visible_alias = "max-num-batched-tokens", value_name = "TOKENS", value_parser = count,
         default_value_t = DEFAULT_MAX_BATCH_TOKENS as u64, help_heading = "Running")]
+    #[schemars(with = "Count")]
     max_batch_tokens: u64,
 
     /// Rows of a unit, which is committed as a whole [default: 4096, more for very large inputs]
+    #[schemars(range(min = 1))]
     #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Running")]
     unit_rows: Option<u64>,
 
     /// Threads to compute with [default: all cores]
+    #[schemars(range(min = 1))]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Running")]
     threads: Option<u64>,
 
@@ -123,24 +128,22 @@ pub struct CommonArgs {
     #[arg(long, value_name = "N", help_heading = "Running")]
     max_errors: Option<u64>,
 
-    /// Write the summary to this file as JSON, also when the run fails
-    #[arg(long, value_name = "FILE", help_heading = "Messages")]
-    report: Option<PathBuf>,
+    /// Compute N rows of a sample once more at the end, each alone, and tell how far that is from their results
+    #[schemars(range(min = 1))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Running")]
+    audit: Option<u64>,
 
-    /// How to show progress on standard error
-    #[arg(long, value_enum, value_name = "HOW", default_value = "auto", help_heading = "Messages")]
-    progress: ProgressMode,
+    /// Check everything and say what would be done; load no weights, write nothing
+    #[arg(long, help_heading = "Running")]
+    dry_run: bool,
 
-    /// Show errors only
-    #[arg(short, long, conflicts_with = "verbose", help_heading = "Messages")]
-    quiet: bool,
-
-    /// Also say what was planned
-    #[arg(short, long, help_heading = "Messages")]
-    verbose: bool,
+    #[command(flatten)]
+    #[schemars(flatten)]
+    messages: MessageSettings,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, ValueEnum, JsonSchema)]
+#[schemars(rename_all = "kebab-case")]
 enum OverflowArg {
     /// Keep the end of the text
     TruncateLeft,
@@ -152,14 +155,16 @@ enum OverflowArg {
     Error,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, ValueEnum, JsonSchema)]
+#[schemars(rename_all = "kebab-case")]
 enum DtypeArg {
     /// What the device computes best: f32 on the CPU
     Auto,
     F32,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum, JsonSchema)]
+#[schemars(rename_all = "kebab-case")]
 enum OnErrorArg {
     /// Record why in the error column and go on
     Record,
@@ -167,39 +172,36 @@ enum OnErrorArg {
     Fail,
 }
 
-impl CommonArgs {
-    /// Runs a job with these flags, showing its progress and handling signals.
-    pub fn run(self, command: CommandSpec) -> Result<()> {
-        check_device(&self.device)?;
+/// The names of [`InputFormat`], for the job file's schema.
+#[derive(JsonSchema)]
+#[schemars(rename_all = "kebab-case")]
+#[allow(dead_code)] // it stands for a type of a lower floor, which the flags parse
+enum InputFormatName {
+    Parquet,
+    Arrow,
+    Csv,
+    Jsonl,
+}
+
+impl CommonSettings {
+    pub(super) fn messages(&self) -> &MessageSettings {
+        &self.messages
+    }
+
+    /// The job of these settings and a command's own.
+    pub(super) fn into_job(self, command: CommandSpec) -> Job {
         // Every precision offered is f32 on the CPU; the match makes a new one come by here.
         match self.dtype {
             DtypeArg::Auto | DtypeArg::F32 => {}
         }
-        set_threads(self.threads)?;
-        let report_path = self.report.clone();
-        let (progress, quiet, verbose) = (self.progress, self.quiet, self.verbose);
-        let spec = self.into_spec(command);
-        let control = Arc::new(RunControl::default());
-        let display = Display::start(progress, quiet, verbose, control.clone());
-
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1) // the pipeline's stages are blocking threads; this one only waits for them and for signals
-            .enable_all()
-            .build()
-            .map_err(|error| Error::Internal(format!("cannot start the runtime: {error}")))?;
-        let result = runtime.block_on(async {
-            tokio::spawn(stop_on_signals(control.clone()));
-            job::run(spec.clone(), control).await
-        });
-        let report = match &result {
-            Ok(report) => report.clone(),
-            Err(error) => RunReport::failed(&spec, error),
-        };
-        display.finish(&report);
-        if let Some(path) = report_path {
-            write_report(&path, &report)?;
+        Job {
+            device: self.device.clone(),
+            threads: self.threads,
+            dry_run: self.dry_run,
+            messages: self.messages.clone(),
+            file: None,
+            spec: self.into_spec(command),
         }
-        result.map(|_| ())
     }
 
     fn into_spec(self, command: CommandSpec) -> JobSpec {
@@ -234,55 +236,8 @@ impl CommonArgs {
             stride: self.stride,
             max_batch_tokens: self.max_batch_tokens as usize,
             unit_rows: self.unit_rows,
+            audit: self.audit,
             max_errors: if self.on_error == OnErrorArg::Fail { Some(0) } else { self.max_errors },
         }
     }
-}
-
-/// Sizes the pool of threads that compute.
-///
-/// # Errors
-/// [`Error::Usage`] when the system does not give as many.
-pub(super) fn set_threads(threads: Option<u64>) -> Result<()> {
-    let Some(threads) = threads else { return Ok(()) };
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(threads as usize)
-        .build_global()
-        .map_err(|error| Error::Usage(format!("--threads {threads}: {error}")))
-}
-
-pub(super) fn check_device(device: &str) -> Result<()> {
-    match device {
-        "auto" | "cpu" => Ok(()),
-        cuda if cuda.starts_with("cuda") => Err(Error::Device {
-            device: cuda.to_owned(),
-            message: "this build computes on the CPU only; use --device cpu".into(),
-        }),
-        other => Err(Error::Usage(format!("--device {other}: expected auto or cpu"))),
-    }
-}
-
-/// The first SIGINT or SIGTERM lets the run stop cleanly; a second one ends the process at once.
-async fn stop_on_signals(control: Arc<RunControl>) {
-    let (Ok(mut interrupts), Ok(mut terminations)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-    else {
-        return;
-    };
-    let mut stopping = false;
-    loop {
-        let received = tokio::select! {
-            _ = interrupts.recv() => SIGINT,
-            _ = terminations.recv() => SIGTERM,
-        };
-        if stopping {
-            std::process::exit(128 + received);
-        }
-        stopping = true;
-        control.stop(received);
-    }
-}
-
-fn write_report(path: &PathBuf, report: &RunReport) -> Result<()> {
-    let json = serde_json::to_string_pretty(report).map_err(|error| Error::Internal(error.to_string()))?;
-    std::fs::write(path, json + "\n").map_err(Error::io("write", path))
 }

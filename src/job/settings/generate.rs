@@ -1,12 +1,14 @@
-//! `mistral-batch generate`.
+//! The settings of `mistral-batch generate`.
 
 use std::path::{Path, PathBuf};
 
-use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum, ValueHint};
+use schemars::JsonSchema;
 use serde_json::Value;
 
-use super::common::CommonArgs;
-use super::values::count;
+use super::common::CommonSettings;
+use super::values::{Count, count};
+use super::{Job, MessageSettings};
 use crate::error::{Error, Result};
 use crate::generation::{Batching, Grammar, SamplingParams};
 use crate::job::{CommandSpec, DEFAULT_KV_CACHE_BYTES, GenerateOptions};
@@ -15,18 +17,20 @@ use crate::job::{CommandSpec, DEFAULT_KV_CACHE_BYTES, GenerateOptions};
 ///
 /// Appends completion, finish_reason (stop or length), prompt_tokens, completion_tokens, num_tokens, truncated and error to
 /// the input's columns. Greedy unless --temperature is given. Prompts that are too long lose their beginning.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args, JsonSchema)]
 #[command(after_help = "\
 Examples:
   mistral-batch generate -i prompts.parquet --text-column prompt --model ./mistral-7b -o answers
   mistral-batch generate -i chats.jsonl --chat-column messages --model org/name-instruct --max-tokens 200 -o answers.jsonl
   mistral-batch generate -i reviews.csv --prompt-template \"Review: {review} Sentiment:\" --choices positive,negative,mixed --model ./m -o rated.csv
   mistral-batch generate -i names.csv --prompt-template \"Write a haiku about {name}:\" --temperature 0.8 --top-p 0.95 --seed 7 --model ./m -o haikus.csv")]
-pub struct GenerateArgs {
+pub struct GenerateSettings {
     #[command(flatten)]
-    common: CommonArgs,
+    #[schemars(flatten)]
+    common: CommonSettings,
 
     /// Tokens of a completion at most [default: what generation_config.json says, else 256]
+    #[schemars(range(min = 1))]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Generation")]
     max_tokens: Option<u64>,
 
@@ -79,6 +83,7 @@ pub struct GenerateArgs {
     ignore_eos: bool,
 
     /// Completions of each row, in the column completions; needs a temperature
+    #[schemars(range(min = 1, max = 1024))]
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Generation")]
     n: u32,
 
@@ -105,7 +110,7 @@ pub struct GenerateArgs {
     choice: Vec<String>,
 
     /// Complete with JSON that is valid against the schema in this file
-    #[arg(long, value_name = "FILE", conflicts_with = "regex", help_heading = "Constrained output")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with = "regex", help_heading = "Constrained output")]
     json_schema: Option<PathBuf>,
 
     /// Complete with a text that matches this regular expression as a whole
@@ -122,10 +127,12 @@ pub struct GenerateArgs {
 
     /// Memory for keys and values of live completions, in bytes; accepts 512M and 2G
     #[arg(long, value_name = "BYTES", value_parser = count, default_value_t = DEFAULT_KV_CACHE_BYTES, help_heading = "Running")]
+    #[schemars(with = "Count")]
     kv_cache_memory: u64,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, ValueEnum, JsonSchema)]
+#[schemars(rename_all = "kebab-case")]
 enum BatchingArg {
     /// In flight: whoever ends makes room for the next in the very next step
     InFlight,
@@ -133,7 +140,11 @@ enum BatchingArg {
     Static,
 }
 
-impl GenerateArgs {
+impl GenerateSettings {
+    pub(super) fn messages(&self) -> &MessageSettings {
+        self.common.messages()
+    }
+
     /// What completions have to be, if anything.
     fn grammar(&self) -> Result<Option<Grammar>> {
         let grammar = match (&self.json_schema, &self.regex) {
@@ -148,7 +159,7 @@ impl GenerateArgs {
         Ok(Some(grammar))
     }
 
-    pub fn run(self) -> Result<()> {
+    pub(super) fn into_job(self) -> Result<Job> {
         let grammar = self.grammar()?;
         let params = SamplingParams {
             min_tokens: self.min_tokens,
@@ -165,7 +176,7 @@ impl GenerateArgs {
             seed: self.seed,
             ..SamplingParams::default()
         };
-        self.common.run(CommandSpec::Generate(GenerateOptions {
+        Ok(self.common.into_job(CommandSpec::Generate(GenerateOptions {
             params,
             max_tokens: self.max_tokens.map(|tokens| tokens as usize),
             stop_token_ids: self.stop_token_ids,
@@ -178,7 +189,7 @@ impl GenerateArgs {
             },
             grammar,
             kv_cache_bytes: self.kv_cache_memory,
-        }))
+        })))
     }
 }
 

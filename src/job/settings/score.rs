@@ -1,9 +1,10 @@
-//! `mistral-batch score`.
+//! The settings of `mistral-batch score`.
 
 use clap::Args;
+use schemars::JsonSchema;
 
-use super::common::CommonArgs;
-use crate::error::Result;
+use super::common::CommonSettings;
+use super::{Job, MessageSettings};
 use crate::job::{CommandSpec, ContinuationColumns, ScoreOptions};
 
 /// Tell how likely each text is with a MistralForCausalLM checkpoint.
@@ -11,7 +12,7 @@ use crate::job::{CommandSpec, ContinuationColumns, ScoreOptions};
 /// Appends logprob (the sum of the tokens' natural log-probabilities), scored_tokens, perplexity, num_tokens, truncated
 /// and error to the input's columns. Every token of a text but its first is scored; with --context-column and
 /// --continuation-column those of the continuation are, given the context: what evaluation harnesses rank answers by.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args, JsonSchema)]
 #[command(after_help = "\
 Examples:
   mistral-batch score -i essays.parquet --model ./mistral-7b -o likelihoods
@@ -19,9 +20,10 @@ Examples:
   mistral-batch score -i essays.parquet --model ./mistral-7b --logprobs -o tokens.parquet
 
 A context and its continuation are joined as they are: begin the continuation with the space that separates them.")]
-pub struct ScoreArgs {
+pub struct ScoreSettings {
     #[command(flatten)]
-    common: CommonArgs,
+    #[schemars(flatten)]
+    common: CommonSettings,
 
     /// Column that holds what is given; it is not scored
     #[arg(
@@ -42,12 +44,16 @@ pub struct ScoreArgs {
     logprobs: bool,
 }
 
-impl ScoreArgs {
-    pub fn run(self) -> Result<()> {
+impl ScoreSettings {
+    pub(super) fn messages(&self) -> &MessageSettings {
+        self.common.messages()
+    }
+
+    pub(super) fn into_job(self) -> Job {
         let continuation = self
             .context_column
             .zip(self.continuation_column)
             .map(|(context, continuation)| ContinuationColumns { context, continuation });
-        self.common.run(CommandSpec::Score(ScoreOptions { logprobs: self.logprobs, continuation }))
+        self.common.into_job(CommandSpec::Score(ScoreOptions { logprobs: self.logprobs, continuation }))
     }
 }
