@@ -195,7 +195,7 @@ impl Work {
 
     /// Counts a window and makes the function's column of it.
     fn finish(&self, loaded: &LoadedEngine, inferred: Inferred) -> Result<ArrayRef> {
-        let Inferred { columns, stats, first_error } = inferred;
+        let Inferred { columns, stats, first_error, .. } = inferred;
         let rows = columns.first().map_or(0, |column| column.len());
         self.metrics.rows_inferred.add(rows - stats.null_rows as usize);
         self.metrics.rows_null.add(stats.null_rows as usize);
