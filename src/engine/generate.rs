@@ -18,6 +18,7 @@ use crate::generation::{
     StepStats,
 };
 use crate::heads::TokenLogprob;
+use crate::model::MistralModel;
 use crate::text::TextTokenizer;
 
 /// Rows that are under way or wait for rows before them: bounds what one very long completion makes others pile up.
@@ -105,6 +106,11 @@ impl Generator {
     /// A generator of `samples` completions a row.
     pub fn new(model: CausalLm, params: SamplingParams, samples: u32, limits: SchedulerLimits) -> Self {
         Self { model, params: Arc::new(params), samples, limits, batching: Batching::default() }
+    }
+
+    /// The model without its output layer.
+    pub(super) fn model(&self) -> &MistralModel {
+        self.model.model()
     }
 
     /// The same, batched in another way.

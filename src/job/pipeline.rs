@@ -30,13 +30,15 @@ use crate::error::{Error, Result};
 const CHANNEL_DEPTH: usize = 1;
 
 /// What one run of the pipeline did.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct PipelineTotals {
     pub counts: UnitCounts,
     /// Time in model and head.
     pub busy: Duration,
     /// From the first row read to the last part committed.
     pub elapsed: Duration,
+    /// As [`Engine::profile`].
+    pub profile: Vec<(&'static str, f64)>,
 }
 
 /// Rows of a window on their way through the device.
@@ -88,7 +90,8 @@ pub async fn run(
 ) -> Result<(Sink, PipelineTotals)> {
     let started = Instant::now();
     let windows = plan.windows(pending)?;
-    let stage = Stage { spec: spec.clone(), plan: plan.clone(), engine: Arc::new(engine), control: control.clone() };
+    let engine = Arc::new(engine);
+    let stage = Stage { spec: spec.clone(), plan: plan.clone(), engine: engine.clone(), control: control.clone() };
     let (to_prepare, windows_read) = channel(CHANNEL_DEPTH);
     let (to_compute, windows_prepared) = channel(CHANNEL_DEPTH);
     let (to_write, windows_finished) = channel(CHANNEL_DEPTH);
@@ -106,7 +109,8 @@ pub async fn run(
     computing?;
     let (sink, counts, busy) = writing?;
     control.check()?;
-    Ok((sink, PipelineTotals { counts, busy, elapsed: started.elapsed() }))
+    let elapsed = started.elapsed();
+    Ok((sink, PipelineTotals { counts, busy, elapsed, profile: engine.profile() }))
 }
 
 impl Stage {
