@@ -1,6 +1,9 @@
 """Writes the reference workload: a random 100M-parameter Mistral and 512 texts of log-normal length.
 
-    python benches/workload.py DIR      # DIR/checkpoint (classifier, f32), DIR/lm (causal LM, bf16), DIR/texts.parquet
+    python benches/workload.py DIR
+
+DIR/checkpoint is the classifier in f32 and DIR/lm the causal LM in bf16; DIR/checkpoint-bf16 and DIR/lm-f32 the other way round.
+DIR/texts.parquet has the texts.
 """
 
 import json
@@ -28,12 +31,13 @@ def main(root: Path) -> None:
                            rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     config.id2label = {0: "low", 1: "medium", 2: "high"}
     config.label2id = {label: i for i, label in config.id2label.items()}
-    torch.manual_seed(5)
-    MistralForSequenceClassification(config).eval().save_pretrained(checkpoint)
-    tokenizer_factory.write(spec, trained, checkpoint)
-    torch.manual_seed(5)
-    MistralForCausalLM(config).eval().to(torch.bfloat16).save_pretrained(root / "lm")
-    tokenizer_factory.write(spec, trained, root / "lm")
+    for model, stored in ((MistralForSequenceClassification, {"checkpoint": torch.float32, "checkpoint-bf16": torch.bfloat16}),
+                          (MistralForCausalLM, {"lm-f32": torch.float32, "lm": torch.bfloat16})):
+        torch.manual_seed(5)
+        model = model(config).eval()
+        for folder, dtype in stored.items():
+            model.to(dtype).save_pretrained(root / folder)
+            tokenizer_factory.write(spec, trained, root / folder)
 
     tok = AutoTokenizer.from_pretrained(checkpoint)
     rng = random.Random(9)

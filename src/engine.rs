@@ -9,6 +9,7 @@ pub use generate::{Generation, Generator, generate_fields};
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use arrow::array::{ArrayRef, BooleanArray, StringArray, UInt32Array};
@@ -33,6 +34,8 @@ pub fn common_fields() -> Vec<Field> {
 pub struct Engine {
     tokenizer: TextTokenizer,
     work: Work,
+    /// Nanoseconds spent in tokenizing.
+    tokenizing: AtomicU64,
 }
 
 /// The two ways to work: a batch at a time, or a token at a time.
@@ -139,12 +142,12 @@ impl Engine {
         let model = model.into();
         let pad_token_id = model.config().pad_token_id.unwrap_or(0);
         let packer = Packer::new(max_batch_tokens, pad_token_id);
-        Self { tokenizer, work: Work::Head { model, head, packer } }
+        Self { tokenizer, work: Work::Head { model, head, packer }, tokenizing: AtomicU64::default() }
     }
 
     /// An engine that generates.
     pub fn generating(generator: Generator, tokenizer: TextTokenizer) -> Self {
-        Self { tokenizer, work: Work::Generate(generator) }
+        Self { tokenizer, work: Work::Generate(generator), tokenizing: AtomicU64::default() }
     }
 
     /// The columns of [`Inferred`], in order.
@@ -167,12 +170,29 @@ impl Engine {
 
     /// Tokenizes `prompts` on all cores.
     pub fn prepare(&self, prompts: &[Prompt]) -> PreparedRows {
-        PreparedRows::new(self.tokenizer.tokenize(prompts))
+        self.time_tokenizing(|| PreparedRows::new(self.tokenizer.tokenize(prompts)))
     }
 
     /// Tokenizes each context with its continuation on all cores; a head that scores answers for the latter alone.
     pub fn prepare_continuations(&self, contexts: &[Option<&str>], continuations: &[Option<&str>]) -> PreparedRows {
-        PreparedRows::new(self.tokenizer.tokenize_continuations(contexts, continuations))
+        self.time_tokenizing(|| PreparedRows::new(self.tokenizer.tokenize_continuations(contexts, continuations)))
+    }
+
+    fn time_tokenizing<T>(&self, work: impl FnOnce() -> T) -> T {
+        let started = Instant::now();
+        let result = work();
+        self.tokenizing.fetch_add(started.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        result
+    }
+
+    /// The wall time in seconds of tokenizing, which overlaps with computing, and of each part of the model.
+    pub fn profile(&self) -> Vec<(&'static str, f64)> {
+        let model = match &self.work {
+            Work::Head { model, .. } => model,
+            Work::Generate(generator) => generator.model(),
+        };
+        let tokenizing = self.tokenizing.load(Ordering::Relaxed) as f64 / 1e9;
+        std::iter::once(("tokenizing", tokenizing)).chain(model.profile().seconds()).collect()
     }
 
     /// Computes prepared rows; `None` when `observer` asked to stop.

@@ -9,7 +9,7 @@ use mistral_batch::generation::{
     CausalLm, Completion, FinishReason, Generated, GenerationDefaults, Request, SamplingParams, Scheduler,
     SchedulerLimits, StaticBatches,
 };
-use mistral_batch::model::{Checkpoint, KvCache, MistralModel, WeightLayout, reference};
+use mistral_batch::model::{Checkpoint, KvCache, MistralModel, reference};
 use mistral_batch::text::TextTokenizer;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::Value;
@@ -55,7 +55,7 @@ fn the_cached_forward_equals_the_uncached_one() {
     for name in ["lm-window", "lm-full-tied-bf16"] {
         let checkpoint = checkpoint(name);
         let plain = MistralModel::load(&checkpoint, &Device::Cpu).unwrap();
-        let model = MistralModel::load_with_layout(&checkpoint, &Device::Cpu, WeightLayout::Packed).unwrap();
+        let model = MistralModel::load(&checkpoint, &Device::Cpu).unwrap();
         let window = model.config().sliding_window.unwrap_or(64);
         for length in [window - 1, window, window + 1, 2 * window, 3 * window + 5] {
             let ids = tokens(length as u64, length, model.config().vocab_size);
@@ -81,7 +81,7 @@ fn the_cached_forward_equals_the_uncached_one() {
 #[test]
 fn a_cached_step_is_the_same_to_the_bit_in_any_company() {
     for name in ["lm-window", "lm-full-tied-bf16"] {
-        let model = MistralModel::load_with_layout(&checkpoint(name), &Device::Cpu, WeightLayout::Packed).unwrap();
+        let model = MistralModel::load(&checkpoint(name), &Device::Cpu).unwrap();
         let vocab_size = model.config().vocab_size;
         let prompts: Vec<_> = (0..40).map(|i| tokens(i, 1 + (i as usize * 13) % 60, vocab_size)).collect();
         let mut caches: Vec<_> = prompts.iter().map(|_| KvCache::new(model.config(), 80)).collect();
@@ -108,7 +108,7 @@ fn a_cached_step_is_the_same_to_the_bit_in_any_company() {
 
 #[test]
 fn a_batch_that_does_not_go_on_where_the_cache_ends_is_refused() {
-    let model = MistralModel::load_with_layout(&checkpoint("lm-window"), &Device::Cpu, WeightLayout::Packed).unwrap();
+    let model = MistralModel::load(&checkpoint("lm-window"), &Device::Cpu).unwrap();
     let mut cache = KvCache::new(model.config(), 20);
     model.forward_cached(&packed(&[(0, &[5, 6, 7])]), &mut [&mut cache]).unwrap();
     for wrong in [packed(&[(2, &[8])]), packed(&[(4, &[8])]), packed(&[(3, &[])]), packed(&[(3, &[8]), (3, &[8])])] {

@@ -18,6 +18,7 @@ use crate::generation::{
     StepStats,
 };
 use crate::heads::TokenLogprob;
+use crate::model::MistralModel;
 use crate::text::TextTokenizer;
 
 /// Rows that are under way or wait for rows before them: bounds what one very long completion makes others pile up.
@@ -107,6 +108,11 @@ impl Generator {
     /// The model may be shared with other generators.
     pub fn new(model: impl Into<Arc<CausalLm>>, params: SamplingParams, samples: u32, limits: SchedulerLimits) -> Self {
         Self { model: model.into(), params: Arc::new(params), samples, limits, batching: Batching::default() }
+    }
+
+    /// The model without its output layer.
+    pub(super) fn model(&self) -> &MistralModel {
+        self.model.model()
     }
 
     /// The same, batched in another way.

@@ -6,7 +6,7 @@ use super::{Decode, StepModel};
 use crate::batch::{LeftPaddedBatch, PackedBatch};
 use crate::error::Result;
 use crate::model::reference::{self, PaddedCache};
-use crate::model::{Checkpoint, KvCache, Linear, MistralModel, WeightLayout};
+use crate::model::{Checkpoint, KvCache, Linear, MistralModel};
 use crate::text::TextTokenizer;
 
 /// The base model and its language-model head.
@@ -23,17 +23,7 @@ impl CausalLm {
     /// # Errors
     /// [`crate::Error::Config`] when a tensor is missing, misshapen or not finite.
     pub fn load(checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
-        let config = &checkpoint.config;
-        let shape = [config.vocab_size, config.hidden_size];
-        let lm_head = if config.tie_word_embeddings {
-            checkpoint.base_tensor("embed_tokens.weight", &shape, device)?
-        } else {
-            checkpoint.weights.tensor("lm_head.weight", &shape, device)?
-        };
-        Ok(Self {
-            lm_head: Linear::new(lm_head, WeightLayout::Packed)?,
-            model: MistralModel::load_with_layout(checkpoint, device, WeightLayout::Packed)?,
-        })
+        Ok(Self { lm_head: Linear::new(&checkpoint.lm_head(device)?)?, model: MistralModel::load(checkpoint, device)? })
     }
 
     /// The logits of each row's next token, `[B, vocab]`, the plain way: as [`reference::padded_step`].

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::{Head, HeadOutput, TokenLogprob, check_architecture};
 use crate::batch::PackedBatch;
 use crate::error::Result;
-use crate::model::{Architecture, Checkpoint, MistralModel};
+use crate::model::{Architecture, Checkpoint, Linear, MistralModel};
 use crate::text::{TextTokenizer, TokenDetail};
 
 /// Positions whose logits are held at a time: `[256, vocab_size]`, 32 MiB for a vocabulary of 32,768.
@@ -19,8 +19,8 @@ const LOGITS_BLOCK: usize = 256;
 /// Log-likelihoods by a causal language model.
 #[derive(Debug)]
 pub struct Score {
-    /// `[vocab_size, hidden]`; none where the embedding is the output layer, too.
-    lm_head: Option<Tensor>,
+    /// `[vocab_size, hidden]`
+    lm_head: Linear,
     /// Names the tokens of `token_logprobs`, where they are asked for.
     tokenizer: Option<TextTokenizer>,
 }
@@ -32,12 +32,7 @@ impl Score {
     /// As [`Score::check`], and [`crate::Error::Config`] when `lm_head.weight` is unusable.
     pub fn load(checkpoint: &Checkpoint, tokenizer: Option<TextTokenizer>, device: &Device) -> Result<Self> {
         Self::check(checkpoint)?;
-        let config = &checkpoint.config;
-        let shape = [config.vocab_size, config.hidden_size];
-        let lm_head = (!config.tie_word_embeddings)
-            .then(|| checkpoint.weights.tensor("lm_head.weight", &shape, device))
-            .transpose()?;
-        Ok(Self { lm_head, tokenizer })
+        Ok(Self { lm_head: Linear::new(&checkpoint.lm_head(device)?)?, tokenizer })
     }
 
     /// Accepts a causal language model.
@@ -62,13 +57,12 @@ impl Score {
     }
 
     /// Log-probabilities of `targets`, one for each of `hidden_states` `[positions, hidden]`.
-    fn logprobs(&self, model: &MistralModel, hidden_states: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
-        let lm_head = self.lm_head.as_ref().unwrap_or(model.embed_tokens()).t()?;
-        let vocab_size = lm_head.dim(1)?;
+    fn logprobs(&self, hidden_states: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
+        let vocab_size = self.lm_head.outputs();
         let mut logprobs = Vec::with_capacity(targets.len());
         for (block, targets) in targets.chunks(LOGITS_BLOCK).enumerate() {
             let hidden_states = hidden_states.narrow(0, block * LOGITS_BLOCK, targets.len())?;
-            let logits = hidden_states.matmul(&lm_head)?.flatten_all()?.to_vec1::<f32>()?; // [block · vocab_size]
+            let logits = self.lm_head.forward(&hidden_states)?.flatten_all()?.to_vec1::<f32>()?; // [block · vocab_size]
             logprobs.par_extend(
                 logits.par_chunks(vocab_size).zip(targets).map(|(logits, &target)| log_softmax(logits, target)),
             );
@@ -98,7 +92,7 @@ impl Head for Score {
         }
         let targets: Vec<u32> = scored.iter().cloned().flatten().map(|token| batch.input_ids[token]).collect();
         let hidden_states = model.forward_at(batch, &positions)?; // [positions, hidden]
-        let logprobs = self.logprobs(model, &hidden_states, &targets)?;
+        let logprobs = self.logprobs(&hidden_states, &targets)?;
         let mut tokens =
             targets.into_iter().zip(logprobs).map(|(token_id, logprob)| TokenLogprob { token_id, logprob });
         Ok(scored.into_iter().map(|range| HeadOutput::Logprobs(tokens.by_ref().take(range.len()).collect())).collect())
@@ -154,7 +148,8 @@ mod tests {
 
     #[test]
     fn a_text_without_a_scored_token_has_no_perplexity() {
-        let head = Score { lm_head: None, tokenizer: None };
+        let lm_head = Tensor::zeros((1, 1), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let head = Score { lm_head: Linear::new(&lm_head).unwrap(), tokenizer: None };
         let tokens = [-1.0, -3.0].map(|logprob| TokenLogprob { token_id: 7, logprob }).to_vec();
         let rows = [Some(HeadOutput::Logprobs(tokens)), Some(HeadOutput::Logprobs(Vec::new())), None];
         let columns = head.columns(&rows).unwrap();

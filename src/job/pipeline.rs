@@ -42,6 +42,8 @@ pub struct PipelineTotals {
     pub audit_elapsed: Duration,
     /// What the audit found, where one was asked for.
     pub audit: Option<AuditReport>,
+    /// As [`Engine::profile`].
+    pub profile: Vec<(&'static str, f64)>,
 }
 
 /// Rows of a window on their way through the device.
@@ -116,6 +118,7 @@ pub async fn run(
     let (sink, counts, busy) = writing?;
     control.check()?;
     let elapsed = started.elapsed();
+    let profile = engine.profile(); // before the audit adds to it
     let audit = match sample {
         Some(sample) => {
             let control = control.clone();
@@ -124,7 +127,7 @@ pub async fn run(
         None => None,
     };
     let audit_elapsed = started.elapsed() - elapsed;
-    Ok((sink, PipelineTotals { counts, busy, elapsed, audit_elapsed, audit }))
+    Ok((sink, PipelineTotals { counts, busy, elapsed, audit_elapsed, audit, profile }))
 }
 
 impl Stage {

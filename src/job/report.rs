@@ -3,7 +3,7 @@
 use std::ops::AddAssign;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::audit::AuditReport;
 use super::control::Counters;
@@ -271,6 +271,9 @@ pub struct RunDetails {
     pub tokens_per_second: f64,
     /// Share of the pipeline's time in which the model computed, in percent.
     pub model_busy_percent: f64,
+    /// Where the pipeline's time went, in percent of it: tokenizing, which overlaps with the model, the parts of the model,
+    /// and what the head and sampling took beside them.
+    pub profile_percent: Map<String, Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub audit: Option<AuditReport>,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -6,6 +6,7 @@ use std::time::Instant;
 use arrow::datatypes::SchemaRef;
 use candle_core::Device;
 use chrono::{SecondsFormat, Utc};
+use serde_json::{Map, Value};
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::control::{Counters, RunControl};
@@ -188,6 +189,16 @@ fn max_length(spec: &JobSpec, checkpoint: &Checkpoint, tokenizer: &TextTokenizer
     }
 }
 
+/// The profile of a run as shares of its pipeline's time, which need not add up to 100: tokenizing overlaps with the model.
+fn profile_percent(this_run: &PipelineTotals) -> Map<String, Value> {
+    let elapsed = this_run.elapsed.as_secs_f64();
+    let in_model: f64 = this_run.profile.iter().filter(|(name, _)| *name != "tokenizing").map(|(_, spent)| spent).sum();
+    let rest = ("head_and_sampling", (this_run.busy.as_secs_f64() - in_model).max(0.0));
+    let percent = |seconds: f64| if elapsed > 0.0 { (1e4 * seconds / elapsed).round() / 100.0 } else { 0.0 };
+    let named = this_run.profile.iter().copied().chain([rest]);
+    named.map(|(name, seconds)| (name.to_owned(), percent(seconds).into())).collect()
+}
+
 fn details(plan: &JobPlan, total: &UnitCounts, this_run: PipelineTotals, units_resumed: u64) -> RunDetails {
     let seconds = this_run.elapsed.as_secs_f64();
     let share = |amount: f64| if seconds > 0.0 { amount / seconds } else { 0.0 };
@@ -211,6 +222,7 @@ fn details(plan: &JobPlan, total: &UnitCounts, this_run: PipelineTotals, units_r
         },
         tokens_per_second: share(this_run.counts.real_tokens as f64),
         model_busy_percent: 100.0 * share(this_run.busy.as_secs_f64()),
+        profile_percent: profile_percent(&this_run),
         audit: this_run.audit,
         truth: None,
         truth_line: None,

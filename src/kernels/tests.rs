@@ -19,6 +19,42 @@ fn random(shape: (usize, usize), seed: u64) -> Result<Tensor> {
     Tensor::from_vec(values, shape, &Device::Cpu)
 }
 
+// The kernels write in place; these give new tensors.
+
+fn varlen_attention(qkv: &Tensor, cu_seq_lens: &[u32], heads: HeadLayout, window: Option<usize>) -> Result<Tensor> {
+    let context = Tensor::zeros((qkv.dim(0)?, heads.query_width()), DType::F32, &Device::Cpu)?;
+    super::varlen_attention(&context, qkv, cu_seq_lens, heads, window)?;
+    Ok(context)
+}
+
+fn rotary_embedding(qkv: &Tensor, cos: &Tensor, sin: &Tensor, heads: HeadLayout) -> Result<Tensor> {
+    let rotated = qkv.copy()?;
+    super::rotary_embedding(&rotated, cos, sin, heads)?;
+    Ok(rotated)
+}
+
+fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let stream = Tensor::stack(&[x, x], 0)?;
+    super::rms_norm(&stream, weight, eps)?;
+    assert_eq!(flat(&stream.get(0)?)?, flat(x)?);
+    stream.get(1)
+}
+
+fn add_rms_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    let stream = Tensor::stack(&[residual, x], 0)?;
+    super::add_rms_norm(&stream, weight, eps)?;
+    Ok((stream.get(0)?, stream.get(1)?))
+}
+
+/// The activation alone: behind a product with the identity, which changes no finite value.
+fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
+    let both = gate_up.dim(1)?;
+    let packed = pack_gate_up(&Tensor::eye(both, DType::F32, &Device::Cpu)?)?;
+    let gated = Tensor::zeros((gate_up.dim(0)?, both / 2), DType::F32, &Device::Cpu)?;
+    packed_swiglu_into(gate_up, &packed, &gated)?;
+    Ok(gated)
+}
+
 fn flat(x: &Tensor) -> Result<Vec<f32>> {
     x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
 }
@@ -323,4 +359,28 @@ fn a_ring_of_the_wrong_size_is_refused() -> Result<()> {
         assert!(output.is_err(), "{capacity} slots, {past} past, window {window:?}");
     }
     Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn the_gated_product_equals_the_oracle(n in 0usize..220, depth in 1usize..1200, width in 1usize..100, seed in any::<u64>()) {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let x = random((n, depth), seed).unwrap();
+            let weight = random((2 * width, depth), seed ^ 1).unwrap().to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap();
+            let packed = pack_gate_up(&weight).unwrap();
+            prop_assert_eq!(packed.dtype(), dtype);
+            let gated = random((n, width), 3).unwrap();
+            packed_swiglu_into(&x, &packed, &gated).unwrap();
+            let weight = weight.to_dtype(DType::F64).unwrap();
+            let products = x.to_dtype(DType::F64).unwrap().matmul(&weight.t().unwrap()).unwrap();
+            let expected = reference::swiglu(&products).unwrap();
+            // Sums are known to their length's root in roundings, and so is either factor of the result.
+            let largest = flat(&products.abs().unwrap()).unwrap().into_iter().fold(1.0, f32::max);
+            let tolerance = 8e-6 * (depth as f32).sqrt() * largest;
+            let differences = flat(&(gated.to_dtype(DType::F64).unwrap() - expected).unwrap().abs().unwrap()).unwrap();
+            prop_assert!(differences.iter().all(|&difference| difference < tolerance), "{} {} {}", n, depth, width);
+        }
+    }
 }

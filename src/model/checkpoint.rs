@@ -64,6 +64,19 @@ impl Checkpoint {
     pub fn identity(&self) -> CheckpointIdentity {
         CheckpointIdentity { config_sha256: self.config_sha256.clone(), weights_sha256: self.weights.identity_sha256() }
     }
+
+    /// Reads the output layer of a causal language model, `[vocab_size, hidden]`: the token embeddings where the two are tied.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] when the tensor is missing, misshapen or not finite.
+    pub(crate) fn lm_head(&self, device: &Device) -> Result<Tensor> {
+        let shape = [self.config.vocab_size, self.config.hidden_size];
+        if self.config.tie_word_embeddings {
+            self.base_tensor("embed_tokens.weight", &shape, device)
+        } else {
+            self.weights.tensor("lm_head.weight", &shape, device)
+        }
+    }
 }
 
 /// SHA-256 of a small file, in hexadecimal.

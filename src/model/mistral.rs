@@ -3,9 +3,10 @@
 //! Jiang et al., "Mistral 7B" (arXiv:2310.06825); numerically transformers' `MistralModel`
 //! (`models/mistral/modeling_mistral.py`, 5.23). Rows come without padding: N tokens of all sequences end to end.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
-use super::linear::{Linear, WeightLayout};
+use super::linear::{GateUp, Linear};
+use super::profile::{Phase, Profile};
 use super::rotary::RotaryTable;
 use super::{Checkpoint, KvCache, MistralConfig};
 use crate::batch::PackedBatch;
@@ -17,12 +18,13 @@ use crate::kernels;
 pub struct MistralModel {
     pub(super) config: MistralConfig,
     pub(super) device: Device,
-    /// `[vocab_size, hidden]`
-    pub(super) embed_tokens: Tensor,
+    /// `[vocab_size, hidden]`, in half precision where that holds every value.
+    embed_tokens: Tensor,
     pub(super) layers: Vec<DecoderLayer>,
     /// `[hidden]`
     pub(super) norm: Tensor,
     pub(super) rotary: RotaryTable,
+    profile: Profile,
 }
 
 /// One of the model's equal layers. Matrices are `[out, in]`; H query heads, K key/value heads of width D.
@@ -37,34 +39,31 @@ pub(super) struct DecoderLayer {
     /// `[hidden]`
     pub(super) post_attention_layernorm: Tensor,
     /// Gate and up projections stacked: `[2·intermediate, hidden]`.
-    pub(super) gate_up_proj: Linear,
+    pub(super) gate_up_proj: GateUp,
     /// `[hidden, intermediate]`
     pub(super) down_proj: Linear,
 }
 
 impl MistralModel {
-    /// Reads the base model's weights, converted to f32.
+    /// Reads the base model's weights; matrices stay in half precision where that holds every value.
     ///
     /// # Errors
     /// [`crate::Error::Config`] when a tensor is missing, misshapen or not finite.
     pub fn load(checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
-        Self::load_with_layout(checkpoint, device, WeightLayout::Plain)
-    }
-
-    /// As [`MistralModel::load`], with the matrices kept in `layout`; generation wants [`WeightLayout::Packed`].
-    ///
-    /// # Errors
-    /// As [`MistralModel::load`].
-    pub fn load_with_layout(checkpoint: &Checkpoint, device: &Device, layout: WeightLayout) -> Result<Self> {
         let config = checkpoint.config.clone();
         let hidden = config.hidden_size;
         Ok(Self {
-            embed_tokens: checkpoint.base_tensor("embed_tokens.weight", &[config.vocab_size, hidden], device)?,
+            embed_tokens: kernels::narrowed(checkpoint.base_tensor(
+                "embed_tokens.weight",
+                &[config.vocab_size, hidden],
+                device,
+            )?)?,
             layers: (0..config.num_hidden_layers)
-                .map(|index| DecoderLayer::load(checkpoint, index, device, layout))
+                .map(|index| DecoderLayer::load(checkpoint, index, device))
                 .collect::<Result<_>>()?,
             norm: checkpoint.base_tensor("norm.weight", &[hidden], device)?,
             rotary: RotaryTable::new(config.head_dim, config.rope_theta, device),
+            profile: Profile::default(),
             device: device.clone(),
             config,
         })
@@ -80,9 +79,9 @@ impl MistralModel {
         &self.device
     }
 
-    /// The embedding matrix, `[vocab_size, hidden]`: the output layer, too, where a checkpoint ties the two.
-    pub fn embed_tokens(&self) -> &Tensor {
-        &self.embed_tokens
+    /// Where this model's time has gone.
+    pub fn profile(&self) -> &Profile {
+        &self.profile
     }
 
     /// Hidden states of every token after the final norm, `[N, hidden]`.
@@ -136,9 +135,17 @@ impl MistralModel {
         Ok(hidden_states)
     }
 
+    /// The embeddings of `input_ids [N]`, `[N, hidden]`.
+    pub(super) fn embed(&self, input_ids: &Tensor) -> candle_core::Result<Tensor> {
+        self.embed_tokens.index_select(input_ids, 0)?.to_dtype(DType::F32)
+    }
+
     fn run(&self, batch: &PackedBatch, positions: Option<&Tensor>) -> Result<Tensor> {
+        let (heads, window) = (self.config.heads(), self.config.sliding_window);
+        let context = Tensor::zeros((batch.num_tokens(), heads.query_width()), DType::F32, &self.device)?;
         self.layers_forward(batch, positions, |_, qkv| {
-            kernels::varlen_attention(qkv, &batch.cu_seq_lens, self.config.heads(), self.config.sliding_window)
+            kernels::varlen_attention(&context, qkv, &batch.cu_seq_lens, heads, window)?;
+            Ok(context.clone())
         })
     }
 
@@ -147,72 +154,120 @@ impl MistralModel {
         &self,
         batch: &PackedBatch,
         positions: Option<&Tensor>,
-        mut attend: impl FnMut(usize, &Tensor) -> candle_core::Result<Tensor>,
+        attend: impl FnMut(usize, &Tensor) -> candle_core::Result<Tensor> + Send,
     ) -> Result<Tensor> {
-        let input_ids = Tensor::from_slice(&batch.input_ids, batch.num_tokens(), &self.device)?;
-        let rotary = self.rotary.gather(&batch.position_ids)?;
+        // On a thread of the pool: a caller from outside would hand over and wait at each of the many short steps.
+        Ok(rayon::scope(|_| self.run_layers(batch, positions, attend))?)
+    }
 
-        let mut hidden_states = self.embed_tokens.index_select(&input_ids, 0)?; // [N, hidden]
-        for (index, layer) in self.layers.iter().enumerate() {
-            let wanted = positions.filter(|_| index + 1 == self.layers.len());
-            hidden_states = layer.forward(&hidden_states, &rotary, wanted, &self.config, |qkv| attend(index, qkv))?;
+    fn run_layers(
+        &self,
+        batch: &PackedBatch,
+        positions: Option<&Tensor>,
+        mut attend: impl FnMut(usize, &Tensor) -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Tensor> {
+        let (config, device, tokens) = (&self.config, &self.device, batch.num_tokens());
+        let pass = Pass {
+            config,
+            profile: &self.profile,
+            rotary: self.rotary.gather(&batch.position_ids)?,
+            qkv: Tensor::zeros((tokens, config.heads().qkv_width()), DType::F32, device)?,
+            gated: Tensor::zeros((tokens, config.intermediate_size), DType::F32, device)?,
+        };
+        let mut stream = self.profile.time(Phase::Embedding, || {
+            let input_ids = Tensor::from_slice(&batch.input_ids, tokens, device)?;
+            let hidden_states = self.embed(&input_ids)?;
+            Tensor::stack(&[&hidden_states, &hidden_states], 0) // [2, N, hidden]
+        })?;
+        if let Some(first) = self.layers.first() {
+            pass.norm(|eps| kernels::rms_norm(&stream, &first.input_layernorm, eps))?;
+        } else {
+            pass.norm(|eps| kernels::rms_norm(&stream, &self.norm, eps))?;
         }
-        Ok(kernels::rms_norm(&hidden_states, &self.norm, self.config.rms_norm_eps)?)
+        for (index, layer) in self.layers.iter().enumerate() {
+            let next = self.layers.get(index + 1);
+            let wanted = positions.filter(|_| next.is_none());
+            let next_norm = next.map_or(&self.norm, |next| &next.input_layernorm);
+            stream = layer.forward(stream, &pass, wanted, next_norm, |qkv| attend(index, qkv))?;
+        }
+        stream.get(1)
+    }
+}
+
+/// What all layers of one pass over N tokens share: each fills the same buffers anew.
+struct Pass<'a> {
+    config: &'a MistralConfig,
+    profile: &'a Profile,
+    /// cos and sin of each token, `[N, D/2]` both.
+    rotary: (Tensor, Tensor),
+    /// `[N, (H + 2K)·D]`
+    qkv: Tensor,
+    /// `[N, intermediate]`
+    gated: Tensor,
+}
+
+impl Pass<'_> {
+    fn norm(&self, norm: impl FnOnce(f64) -> candle_core::Result<()>) -> candle_core::Result<()> {
+        self.profile.time(Phase::Norm, || norm(self.config.rms_norm_eps))
     }
 }
 
 impl DecoderLayer {
-    fn load(checkpoint: &Checkpoint, index: usize, device: &Device, layout: WeightLayout) -> Result<Self> {
+    fn load(checkpoint: &Checkpoint, index: usize, device: &Device) -> Result<Self> {
         let config = &checkpoint.config;
         let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
         let query = config.num_attention_heads * config.head_dim;
         let key_value = config.num_key_value_heads * config.head_dim;
         let name = |part: &str| format!("layers.{index}.{part}.weight");
         let tensor = |part: &str, shape: &[usize]| checkpoint.base_tensor(&name(part), shape, device);
-        let matrix = |part: &str, shape: &[usize]| -> Result<Linear> { Ok(Linear::new(tensor(part, shape)?, layout)?) };
-        let stacked = |parts: &[(&str, usize)]| -> Result<Linear> {
+        let matrix = |part: &str, shape: &[usize]| -> Result<Linear> { Ok(Linear::new(&tensor(part, shape)?)?) };
+        let stacked = |parts: &[(&str, usize)]| {
             let parts: Vec<_> = parts.iter().map(|(part, rows)| (checkpoint.base_name(&name(part)), *rows)).collect();
-            Ok(Linear::new(checkpoint.weights.stacked(&parts, hidden, device)?, layout)?)
+            checkpoint.weights.stacked(&parts, hidden, device)
         };
         Ok(Self {
             input_layernorm: tensor("input_layernorm", &[hidden])?,
-            qkv_proj: stacked(&[
+            qkv_proj: Linear::new(&stacked(&[
                 ("self_attn.q_proj", query),
                 ("self_attn.k_proj", key_value),
                 ("self_attn.v_proj", key_value),
-            ])?,
+            ])?)?,
             o_proj: matrix("self_attn.o_proj", &[hidden, query])?,
             post_attention_layernorm: tensor("post_attention_layernorm", &[hidden])?,
-            gate_up_proj: stacked(&[("mlp.gate_proj", intermediate), ("mlp.up_proj", intermediate)])?,
+            gate_up_proj: GateUp::new(&stacked(&[("mlp.gate_proj", intermediate), ("mlp.up_proj", intermediate)])?)?,
             down_proj: matrix("mlp.down_proj", &[hidden, intermediate])?,
         })
     }
 
-    /// `[N, hidden]` → `[N, hidden]`, or only the tokens `wanted` by what follows.
+    /// `stream [2, N, hidden]`, hidden states and their norm, through the layer and `next_norm`; or only the tokens `wanted`
+    /// by what follows.
     fn forward(
         &self,
-        hidden_states: &Tensor,
-        (cos, sin): &(Tensor, Tensor),
+        mut stream: Tensor,
+        pass: &Pass,
         wanted: Option<&Tensor>,
-        config: &MistralConfig,
+        next_norm: &Tensor,
         attend: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Tensor> {
-        let normed = kernels::rms_norm(hidden_states, &self.input_layernorm, config.rms_norm_eps)?;
-        let qkv = self.qkv_proj.forward(&normed)?; // [N, (H + 2K)·D]
-        let qkv = kernels::rotary_embedding(&qkv, cos, sin, config.heads())?;
-        let context = attend(&qkv)?; // [N, H·D]
+        let Pass { config, profile, rotary: (cos, sin), qkv, .. } = pass;
+        profile.time(Phase::QkvProjection, || self.qkv_proj.forward_into(&stream.get(1)?, qkv))?;
+        profile.time(Phase::Rotary, || kernels::rotary_embedding(qkv, cos, sin, config.heads()))?;
+        let mut context = profile.time(Phase::Attention, || attend(qkv))?; // [N, H·D]
 
         // Attention was the last step that mixes tokens: from here on each is computed alone.
-        let (context, residual) = match wanted {
-            Some(positions) => (context.index_select(positions, 0)?, hidden_states.index_select(positions, 0)?),
-            None => (context, hidden_states.clone()),
-        };
-        let attended = self.o_proj.forward(&context)?;
-        let (hidden_states, normed) =
-            kernels::add_rms_norm(&attended, &residual, &self.post_attention_layernorm, config.rms_norm_eps)?;
-
-        let gate_up = self.gate_up_proj.forward(&normed)?; // [N, 2·intermediate]
-        let activated = kernels::swiglu(&gate_up)?; // [N, intermediate]
-        hidden_states + self.down_proj.forward(&activated)?
+        let mut gated = pass.gated.clone();
+        if let Some(positions) = wanted {
+            context = context.index_select(positions, 0)?;
+            let hidden_states = stream.get(0)?.index_select(positions, 0)?;
+            stream = Tensor::stack(&[&hidden_states, &hidden_states], 0)?;
+            gated = Tensor::zeros((positions.dim(0)?, config.intermediate_size), DType::F32, stream.device())?;
+        }
+        let block = stream.get(1)?;
+        profile.time(Phase::OutputProjection, || self.o_proj.forward_into(&context, &block))?;
+        pass.norm(|eps| kernels::add_rms_norm(&stream, &self.post_attention_layernorm, eps))?;
+        profile.time(Phase::GateUpProjection, || self.gate_up_proj.forward_into(&block, &gated))?;
+        profile.time(Phase::DownProjection, || self.down_proj.forward_into(&gated, &block))?;
+        pass.norm(|eps| kernels::add_rms_norm(&stream, next_norm, eps))?;
+        Ok(stream)
     }
 }

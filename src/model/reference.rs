@@ -1,6 +1,6 @@
 //! The oracle: the same model over padded rectangles with a mask, in the plainest operations.
 //!
-//! Tests run it, and static batching, which is there to be compared with. It shares weights with [`MistralModel`] and nothing else: no packing, no fused
+//! Tests run it, and static batching, which is there to be compared with. It shares weights, and the products with them, with [`MistralModel`] and nothing else: no packing, no fused
 //! kernel, no tile.
 
 use candle_core::{Result, Tensor};
@@ -64,7 +64,7 @@ pub fn padded_step(
     let (cos, sin) = model.rotary.gather(&position_ids)?;
     let mask = plain::left_padded_causal_mask(seq_lens, past, t, config.sliding_window, model.device())?;
 
-    let mut hidden_states = model.embed_tokens.index_select(&input_ids, 0)?; // [B·N, hidden]
+    let mut hidden_states = model.embed(&input_ids)?; // [B·N, hidden]
     for (index, layer) in model.layers.iter().enumerate() {
         let normed = plain::rms_norm(&hidden_states, &layer.input_layernorm, config.rms_norm_eps)?;
         let qkv = plain::rotary_embedding(&layer.qkv_proj.forward(&normed)?, &cos, &sin, config.heads())?;
@@ -77,7 +77,7 @@ pub fn padded_step(
         let residual = (hidden_states + layer.o_proj.forward(&context)?)?;
 
         let normed = plain::rms_norm(&residual, &layer.post_attention_layernorm, config.rms_norm_eps)?;
-        let activated = plain::swiglu(&layer.gate_up_proj.forward(&normed)?)?;
+        let activated = plain::swiglu(&layer.gate_up_proj.products(&normed)?)?;
         hidden_states = (residual + layer.down_proj.forward(&activated)?)?;
     }
     plain::rms_norm(&hidden_states, &model.norm, config.rms_norm_eps)?.reshape((b, n, config.hidden_size))

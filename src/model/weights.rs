@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors, tensor::Metadata};
 use serde::Deserialize;
@@ -167,6 +167,7 @@ impl Weights {
                 return Err(Error::config(&file.path, message));
             }
         };
+        file.forget(info);
         if !finite {
             let message =
                 format!("tensor '{name}' holds NaN or infinity; the checkpoint is damaged or diverged in training");
@@ -205,6 +206,17 @@ impl MappedFile {
         let (header_bytes, metadata) = SafeTensors::read_metadata(&map)
             .map_err(|error| Error::config(&path, format!("not a whole safetensors file: {error}")))?;
         Ok(Self { path, map, metadata, data_start: 8 + header_bytes })
+    }
+
+    /// Gives back the memory of a tensor that was converted; another read would bring it in again.
+    fn forget(&self, info: &safetensors::tensor::TensorInfo) {
+        let (start, end) = info.data_offsets;
+        // SAFETY: the mapping is of a file and never written to, so pages that are dropped come back as they were.
+        let given_back =
+            unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, self.data_start + start, end - start) };
+        if let Err(error) = given_back {
+            tracing::debug!("{}: its pages stay in memory: {error}", self.path.display());
+        }
     }
 
     fn bytes(&self, info: &safetensors::tensor::TensorInfo) -> &[u8] {

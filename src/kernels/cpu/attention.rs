@@ -11,12 +11,12 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::contiguous;
 use super::output::SharedOutput;
 use super::simd::{Kernel, Level, Simd, dispatch_at, exp};
+use super::{contiguous, contiguous_mut};
 use crate::kernels::HeadLayout;
 
 /// Rows of a register tile.
@@ -30,13 +30,20 @@ const TASK_ROWS: usize = 256;
 /// The largest score of a row that has seen no key: finite, so that the difference of two of them is no NaN.
 pub(super) const NO_SCORE: f32 = f32::MIN / 2.0;
 
-/// Causal grouped-query attention of `qkv [N, (H + 2K)·D]`, already rotated, to `[N, H·D]`; scores are scaled by `1/√D`.
+/// Causal grouped-query attention of `qkv [N, (H + 2K)·D]`, already rotated, to `context [N, H·D]`; scores are scaled by
+/// `1/√D`.
 ///
 /// `cu_seq_lens` is `[B + 1]`, cumulative, from 0 to `N`. Query `i` sees key `j` of its own sequence iff
 /// `0 <= i - j < window`: a window of 1 is the token itself, `None` is all that came before.
-pub fn varlen_attention(qkv: &Tensor, cu_seq_lens: &[u32], heads: HeadLayout, window: Option<usize>) -> Result<Tensor> {
+pub fn varlen_attention(
+    context: &Tensor,
+    qkv: &Tensor,
+    cu_seq_lens: &[u32],
+    heads: HeadLayout,
+    window: Option<usize>,
+) -> Result<()> {
     let cu_seq_lens = cu_seq_lens.iter().map(|&offset| offset as usize).collect();
-    qkv.apply_op1_no_bwd(&VarlenAttention { cu_seq_lens, heads, window, level: Level::best() })
+    context.inplace_op2(qkv, &VarlenAttention { cu_seq_lens, heads, window, level: Level::best() })
 }
 
 struct VarlenAttention {
@@ -46,13 +53,23 @@ struct VarlenAttention {
     level: Level,
 }
 
-impl CustomOp1 for VarlenAttention {
+impl InplaceOp2 for VarlenAttention {
     fn name(&self) -> &'static str {
         "varlen-attention"
     }
 
-    fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        context: &mut CpuStorage,
+        context_layout: &Layout,
+        qkv: &CpuStorage,
+        layout: &Layout,
+    ) -> Result<()> {
         let tokens = self.heads.check_qkv(layout.dims())?;
+        if context_layout.dims() != [tokens, self.heads.query_width()] {
+            let expected = [tokens, self.heads.query_width()];
+            bail!("attention: expected a context of {expected:?}, got {:?}", context_layout.dims());
+        }
         let offsets = &self.cu_seq_lens;
         if offsets.first() != Some(&0) || offsets.last() != Some(&tokens) || !offsets.is_sorted() {
             bail!("attention: cu_seq_lens have to rise from 0 to the {tokens} tokens, got {offsets:?}");
@@ -61,10 +78,10 @@ impl CustomOp1 for VarlenAttention {
             bail!("attention: a window of 0 leaves a token nothing to see");
         }
         let qkv = contiguous(qkv, layout, "attention")?;
-        let mut output = vec![0f32; tokens * self.heads.query_width()];
+        let context = contiguous_mut(context, context_layout, "attention's context")?;
         let sequences: Vec<_> = offsets.windows(2).map(|bounds| bounds[0]..bounds[1]).collect();
-        attend(self.level, qkv, &sequences, self.heads, self.window, SharedOutput::new(&mut output));
-        Ok((CpuStorage::F32(output), Shape::from((tokens, self.heads.query_width()))))
+        attend(self.level, qkv, &sequences, self.heads, self.window, SharedOutput::new(context));
+        Ok(())
     }
 }
 
@@ -447,7 +464,9 @@ mod tests {
                 let qkv = Tensor::from_vec(qkv, (250, heads.qkv_width()), &candle_core::Device::Cpu)?;
                 let at = |level| -> Result<Vec<f32>> {
                     let attention = VarlenAttention { cu_seq_lens: vec![0, 9, 250], heads, window, level };
-                    qkv.apply_op1_no_bwd(&attention)?.flatten_all()?.to_vec1()
+                    let context = Tensor::zeros((250, heads.query_width()), candle_core::DType::F32, qkv.device())?;
+                    context.inplace_op2(&qkv, &attention)?;
+                    context.flatten_all()?.to_vec1()
                 };
                 let expected = at(Level::Portable)?;
                 for level in Level::available() {

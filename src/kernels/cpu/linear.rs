@@ -7,72 +7,151 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
-use half::bf16;
+use candle_core::{CpuStorage, CustomOp2, DType, InplaceOp3, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
+use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::contiguous;
 use super::output::SharedOutput;
-use super::simd::{Kernel, Level, Simd, dispatch_at};
+use super::simd::{Kernel, Level, Simd, dispatch_at, exp};
+use super::{contiguous, contiguous_mut};
 
 /// Outputs of a panel.
 const PANEL: usize = 64;
+/// Units of a panel that holds a gate and a value for each.
+const GATED: usize = PANEL / 2;
 /// Rows of a register tile.
 const TILE_ROWS: usize = 6;
 /// Inputs of a panel that are used at a time, by all rows of a task: 128 KiB of f32, which stays in the core's cache.
 const DEPTH_BLOCK: usize = 512;
 /// Rows of a task: enough to pay for bringing a panel into the cache.
 const TASK_ROWS: usize = 192;
-/// From this many rows on a bf16 panel is widened once, and not for each register tile.
+/// From this many rows on a panel in half precision is widened once, and not for each register tile.
 const WIDEN_ROWS: usize = 3 * TILE_ROWS;
 
 /// Packs `weight [out, in]` for [`packed_linear`]: `[⌈out/64⌉, in, 64]`, the last panel filled up with zeros.
 ///
-/// A weight whose every value is a bf16 number is kept as bf16, which halves what a product reads and changes no result.
+/// A weight whose every value is a bf16 number, or an f16 number, is kept as such, which halves what a product reads and
+/// changes no result.
 pub fn pack_linear(weight: &Tensor) -> Result<Tensor> {
-    let (outputs, depth) = weight.dims2()?;
-    let values = weight.flatten_all()?.to_vec1::<f32>()?;
-    if values.par_iter().all(|value| value.to_bits() & 0xffff == 0) {
-        pack(&values, outputs, depth, weight, bf16::from_f32)
-    } else {
-        pack(&values, outputs, depth, weight, |value| value)
+    let (outputs, _) = weight.dims2()?;
+    pack(weight, outputs.div_ceil(PANEL), |output| Some(output).filter(|&output| output < outputs))
+}
+
+/// Packs gate and up projections, `weight [2·I, in]` with the gate first, for [`packed_swiglu_into`]: `[⌈I/32⌉, in, 64]`.
+///
+/// A panel has 32 columns of the gate and then the same 32 of the up projection. Precision as [`pack_linear`].
+pub fn pack_gate_up(weight: &Tensor) -> Result<Tensor> {
+    let (both, _) = weight.dims2()?;
+    if !both.is_multiple_of(2) {
+        bail!("gate and up projections: {both} rows are not a gate and as many values");
+    }
+    let width = both / 2;
+    pack(weight, width.div_ceil(GATED), |column| {
+        let unit = column / PANEL * GATED + column % GATED;
+        (unit < width).then_some(unit + column % PANEL / GATED * width)
+    })
+}
+
+/// Panels whose columns, counted through, are the rows of `weight [out, in]` that `row_of` names; others are zero.
+fn pack(weight: &Tensor, panels: usize, row_of: impl Fn(usize) -> Option<usize> + Sync) -> Result<Tensor> {
+    let (_, depth) = weight.dims2()?;
+    let (storage, layout) = weight.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else { bail!("packing: the weight is not on the CPU") };
+    let values = contiguous(storage, layout, "packing")?;
+    match narrowest(values) {
+        DType::BF16 => pack_as(values, depth, panels, row_of, bf16::from_f32),
+        DType::F16 => pack_as(values, depth, panels, row_of, f16::from_f32),
+        _ => pack_as(values, depth, panels, row_of, |value| value),
     }
 }
 
-fn pack<W: WithDType + Send>(
+/// The smallest type that holds every value as it is.
+fn narrowest(values: &[f32]) -> DType {
+    if values.par_iter().all(|value| value.to_bits() & 0xffff == 0) {
+        DType::BF16
+    } else if values.par_iter().all(|&value| f16::from_f32(value).to_f32() == value) {
+        DType::F16
+    } else {
+        DType::F32
+    }
+}
+
+/// `weight` in half precision where that holds every value of it.
+pub fn narrowed(weight: Tensor) -> Result<Tensor> {
+    let dtype = {
+        let (storage, layout) = weight.storage_and_layout();
+        let Storage::Cpu(storage) = &*storage else { bail!("the weight is not on the CPU") };
+        narrowest(contiguous(storage, layout, "weight")?)
+    };
+    weight.to_dtype(dtype)
+}
+
+fn pack_as<W: WithDType + Send>(
     values: &[f32],
-    outputs: usize,
     depth: usize,
-    weight: &Tensor,
+    panels: usize,
+    row_of: impl Fn(usize) -> Option<usize> + Sync,
     convert: fn(f32) -> W,
 ) -> Result<Tensor> {
-    let panels = outputs.div_ceil(PANEL);
     let mut packed = vec![convert(0.0); panels * depth * PANEL];
-    packed.par_chunks_mut((depth * PANEL).max(1)).zip(values.par_chunks((PANEL * depth).max(1))).for_each(
-        |(panel, rows)| {
-            for (column, row) in rows.chunks_exact(depth).enumerate() {
-                for (inputs, &value) in panel.chunks_exact_mut(PANEL).zip(row) {
-                    inputs[column] = convert(value);
-                }
+    packed.par_chunks_mut((depth * PANEL).max(1)).enumerate().for_each(|(panel, block)| {
+        for column in 0..PANEL {
+            let Some(row) = row_of(panel * PANEL + column) else { continue };
+            for (inputs, &value) in block.chunks_exact_mut(PANEL).zip(&values[row * depth..][..depth]) {
+                inputs[column] = convert(value);
             }
-        },
-    );
-    Tensor::from_vec(packed, (panels, depth, PANEL), weight.device())
+        }
+    });
+    Tensor::from_vec(packed, (panels, depth, PANEL), &candle_core::Device::Cpu)
 }
 
 /// `x [N, in]` times a transposed weight of `outputs` rows, packed by [`pack_linear`], to `[N, outputs]`.
 ///
 /// Row n of the result depends on row n of `x` only, to the last bit.
 pub fn packed_linear(x: &Tensor, packed: &Tensor, outputs: usize) -> Result<Tensor> {
-    x.apply_op2_no_bwd(packed, &PackedLinear { outputs, level: Level::best() })
+    x.apply_op2_no_bwd(packed, &Product { outputs, epilogue: Epilogue::Store, level: Level::best() })
 }
 
-struct PackedLinear {
+/// As [`packed_linear`], to `output [N, outputs]`.
+pub fn packed_linear_into(x: &Tensor, packed: &Tensor, output: &Tensor) -> Result<()> {
+    let product = Product { outputs: output.dim(1)?, epilogue: Epilogue::Store, level: Level::best() };
+    output.inplace_op3(x, packed, &product)
+}
+
+/// `silu(x·gateᵀ) · (x·upᵀ)` of `x [N, in]` and projections packed by [`pack_gate_up`], to `gated [N, I]`.
+///
+/// The activation is computed where the products still are in the core's cache. Rows are alone as in [`packed_linear`].
+pub fn packed_swiglu_into(x: &Tensor, packed: &Tensor, gated: &Tensor) -> Result<()> {
+    let product = Product { outputs: gated.dim(1)?, epilogue: Epilogue::SwiGlu, level: Level::best() };
+    gated.inplace_op3(x, packed, &product)
+}
+
+/// What becomes of a panel's sums.
+#[derive(Clone, Copy, PartialEq)]
+enum Epilogue {
+    /// They are the output.
+    Store,
+    /// `silu` of the first half times the second half is the output.
+    SwiGlu,
+}
+
+impl Epilogue {
+    /// Outputs of a panel.
+    fn width(self) -> usize {
+        match self {
+            Self::Store => PANEL,
+            Self::SwiGlu => GATED,
+        }
+    }
+}
+
+struct Product {
     outputs: usize,
+    epilogue: Epilogue,
     level: Level,
 }
 
-impl CustomOp2 for PackedLinear {
+impl CustomOp2 for Product {
     fn name(&self) -> &'static str {
         "packed-linear"
     }
@@ -84,50 +163,96 @@ impl CustomOp2 for PackedLinear {
         packed: &CpuStorage,
         packed_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let panels = self.outputs.div_ceil(PANEL);
-        let (rows, depth) = match (x_layout.dims(), packed_layout.dims()) {
-            (&[rows, depth], packed) if packed == [panels, depth, PANEL] && depth > 0 => (rows, depth),
-            (x, packed) => bail!("packed linear: {x:?} does not go with {packed:?} of {} outputs", self.outputs),
-        };
-        let x = contiguous(x, x_layout, "packed linear")?;
-        let Some((begin, end)) = packed_layout.contiguous_offsets() else {
-            bail!("packed linear: expected a contiguous weight, got {packed_layout:?}")
-        };
+        let (rows, _) = self.check(x_layout, packed_layout)?;
         let mut output = vec![0f32; rows * self.outputs];
-        match packed {
-            CpuStorage::F32(packed) => self.run(x, rows, depth, &packed[begin..end], &mut output),
-            CpuStorage::BF16(packed) => self.run(x, rows, depth, &packed[begin..end], &mut output),
-            _ => bail!("packed linear: weights are f32 or bf16"),
-        }
+        self.run((x, x_layout), (packed, packed_layout), &mut output)?;
         Ok((CpuStorage::F32(output), Shape::from((rows, self.outputs))))
     }
 }
 
-impl PackedLinear {
-    fn run<W: Weight>(&self, x: &[f32], rows: usize, depth: usize, packed: &[W], output: &mut [f32]) {
+impl InplaceOp3 for Product {
+    fn name(&self) -> &'static str {
+        "packed-linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        output: &mut CpuStorage,
+        layout: &Layout,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        packed: &CpuStorage,
+        packed_layout: &Layout,
+    ) -> Result<()> {
+        let (x, packed) = ((x, x_layout), (packed, packed_layout));
+        let (rows, _) = self.check(x.1, packed.1)?;
+        if layout.dims() != [rows, self.outputs] {
+            bail!("packed linear: {rows} rows do not go to {:?}", layout.dims());
+        }
+        self.run(x, packed, contiguous_mut(output, layout, "packed linear's output")?)
+    }
+}
+
+impl Product {
+    /// Rows and depth, if the shapes go together.
+    fn check(&self, x: &Layout, packed: &Layout) -> Result<(usize, usize)> {
+        let panels = self.outputs.div_ceil(self.epilogue.width());
+        match (x.dims(), packed.dims()) {
+            (&[rows, depth], packed) if packed == [panels, depth, PANEL] && depth > 0 => Ok((rows, depth)),
+            (x, packed) => bail!("packed linear: {x:?} does not go with {packed:?} of {} outputs", self.outputs),
+        }
+    }
+
+    fn run(&self, x: (&CpuStorage, &Layout), packed: (&CpuStorage, &Layout), output: &mut [f32]) -> Result<()> {
+        let (_, depth) = self.check(x.1, packed.1)?;
+        let x = contiguous(x.0, x.1, "packed linear")?;
+        let Some((begin, end)) = packed.1.contiguous_offsets() else {
+            bail!("packed linear: expected a contiguous weight, got {:?}", packed.1)
+        };
+        match packed.0 {
+            CpuStorage::F32(packed) => self.run_on(x, depth, &packed[begin..end], output),
+            CpuStorage::BF16(packed) => self.run_on(x, depth, &packed[begin..end], output),
+            CpuStorage::F16(packed) => self.run_on(x, depth, &packed[begin..end], output),
+            _ => bail!("packed linear: weights are f32, bf16 or f16"),
+        }
+        Ok(())
+    }
+
+    fn run_on<W: Weight>(&self, x: &[f32], depth: usize, packed: &[W], output: &mut [f32]) {
         let output = SharedOutput::new(output);
-        let panels = self.outputs.div_ceil(PANEL);
-        let chunks = rows.div_ceil(TASK_ROWS);
-        (0..panels * chunks).into_par_iter().for_each(|task| {
-            let (panel, first_row) = (task / chunks, task % chunks * TASK_ROWS);
-            SCRATCH.with_borrow_mut(|widened| {
+        let (rows, width) = (x.len() / depth, self.epilogue.width());
+        let panels = self.outputs.div_ceil(width);
+        // Panel after panel for the same rows, which stay in the core's cache.
+        (0..panels * rows.div_ceil(TASK_ROWS)).into_par_iter().for_each(|task| {
+            let (panel, first_row) = (task % panels, task / panels * TASK_ROWS);
+            SCRATCH.with_borrow_mut(|scratch| {
                 let place = Place {
                     x,
                     depth,
                     rows: first_row..(first_row + TASK_ROWS).min(rows),
-                    columns: panel * PANEL..((panel + 1) * PANEL).min(self.outputs),
+                    columns: panel * width..((panel + 1) * width).min(self.outputs),
+                    epilogue: self.epilogue,
                     output,
                     outputs: self.outputs,
                 };
                 let panel = &packed[panel * depth * PANEL..][..depth * PANEL];
-                dispatch_at(self.level, Task { place, panel, widened });
+                dispatch_at(self.level, Task { place, panel, scratch });
             });
         });
     }
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Vec<f32>> = RefCell::default();
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// One thread's buffers.
+#[derive(Default)]
+struct Scratch {
+    /// A block of a panel as f32 `[DEPTH_BLOCK, PANEL]`.
+    widened: Vec<f32>,
+    /// Sums over the blocks so far, of all rows of a task or, where there is one block only, of a register tile: `[_, PANEL]`.
+    sums: Vec<f32>,
 }
 
 /// A stored weight that is computed on as f32.
@@ -160,12 +285,22 @@ impl Weight for bf16 {
     }
 }
 
+impl Weight for f16 {
+    const NARROW: bool = true;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, src: *const Self) -> S::Vector {
+        // SAFETY: the caller vouches for the values.
+        unsafe { simd.load_f16(src) }
+    }
+}
+
 /// Some rows times one panel.
 struct Task<'a, W> {
     place: Place<'a>,
     /// `[depth, PANEL]`
     panel: &'a [W],
-    widened: &'a mut Vec<f32>,
+    scratch: &'a mut Scratch,
 }
 
 /// Which rows of the input, and which part of the output, a task works on.
@@ -174,8 +309,9 @@ struct Place<'a> {
     x: &'a [f32],
     depth: usize,
     rows: Range<usize>,
-    /// The panel's columns of the output; the last panel has fewer than `PANEL`.
+    /// The panel's columns of the output; the last panel may have fewer than others.
     columns: Range<usize>,
+    epilogue: Epilogue,
     /// `[N, outputs]`
     output: SharedOutput,
     outputs: usize,
@@ -184,16 +320,22 @@ struct Place<'a> {
 impl<W: Weight> Kernel for Task<'_, W> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Task { place, panel, widened } = self;
-        for first in (0..place.depth).step_by(DEPTH_BLOCK) {
-            let end = (first + DEPTH_BLOCK).min(place.depth);
+        let Task { place, panel, scratch: Scratch { widened, sums } } = self;
+        // Blocks of like size: a short last one would be all loads and stores of sums.
+        let block_depth = place.depth.div_ceil(place.depth.div_ceil(DEPTH_BLOCK));
+        let rows_of_sums = if block_depth < place.depth { place.rows.len() } else { TILE_ROWS };
+        if sums.len() < rows_of_sums * PANEL {
+            sums.resize(rows_of_sums * PANEL, 0.0);
+        }
+        for first in (0..place.depth).step_by(block_depth) {
+            let end = (first + block_depth).min(place.depth);
             let block = &panel[first * PANEL..end * PANEL];
             if W::NARROW && place.rows.len() >= WIDEN_ROWS {
                 widened.resize(DEPTH_BLOCK * PANEL, 0.0);
                 widen(simd, block, widened);
-                place.add_products(simd, first, &widened[..block.len()]);
+                place.add_products(simd, first, &widened[..block.len()], sums);
             } else {
-                place.add_products(simd, first, block);
+                place.add_products(simd, first, block, sums);
             }
         }
     }
@@ -211,67 +353,92 @@ fn widen<S: Simd, W: Weight>(simd: S, block: &[W], widened: &mut [f32]) {
 }
 
 impl Place<'_> {
-    /// Adds the products with one block of the panel's depth, from input `first` on; the first block starts the sums.
+    /// Adds the products with one block of the panel's depth, from input `first` on. The first block starts the sums, the
+    /// last brings them to the output.
     #[inline(always)]
-    fn add_products<S: Simd, W: Weight>(&self, simd: S, first: usize, block: &[W]) {
-        let width = self.columns.len();
-        for row in self.rows.clone().step_by(TILE_ROWS) {
-            let tile_rows = TILE_ROWS.min(self.rows.end - row);
-            // SAFETY: no other task has these columns of these rows, and no two of these parts are alive at a time.
-            let output = |i: usize| unsafe { self.output.part((row + i) * self.outputs + self.columns.start, width) };
-            let mut tile = [[0f32; PANEL]; TILE_ROWS];
-            if first > 0 {
-                for (i, tile) in tile.iter_mut().enumerate().take(tile_rows) {
-                    tile[..width].copy_from_slice(output(i));
-                }
+    fn add_products<S: Simd, W: Weight>(&self, simd: S, first: usize, block: &[W], sums: &mut [f32]) {
+        let is_last = first + block.len() / PANEL == self.depth;
+        let is_only = is_last && first == 0;
+        let tiles = self.rows.len().div_ceil(TILE_ROWS);
+        let mut row = self.rows.start;
+        for tile in 0..tiles {
+            // Tiles of like size: the last rows alone would wait for each other's sums.
+            let tile_rows = (self.rows.end - row).div_ceil(tiles - tile);
+            let place = if is_only { 0 } else { row - self.rows.start };
+            let sums = &mut sums[place * PANEL..][..tile_rows * PANEL];
+            if first == 0 {
+                sums.fill(0.0);
             }
             let x = &self.x[row * self.depth + first..];
             match tile_rows {
-                1 => tile_product::<S, W, 1>(simd, x, self.depth, block, &mut tile),
-                2 => tile_product::<S, W, 2>(simd, x, self.depth, block, &mut tile),
-                3 => tile_product::<S, W, 3>(simd, x, self.depth, block, &mut tile),
-                4 => tile_product::<S, W, 4>(simd, x, self.depth, block, &mut tile),
-                5 => tile_product::<S, W, 5>(simd, x, self.depth, block, &mut tile),
-                _ => tile_product::<S, W, 6>(simd, x, self.depth, block, &mut tile),
+                1 => tile_product::<S, W, 1>(simd, x, self.depth, block, sums),
+                2 => tile_product::<S, W, 2>(simd, x, self.depth, block, sums),
+                3 => tile_product::<S, W, 3>(simd, x, self.depth, block, sums),
+                4 => tile_product::<S, W, 4>(simd, x, self.depth, block, sums),
+                5 => tile_product::<S, W, 5>(simd, x, self.depth, block, sums),
+                _ => tile_product::<S, W, 6>(simd, x, self.depth, block, sums),
             }
-            for (i, tile) in tile.iter().enumerate().take(tile_rows) {
-                output(i).copy_from_slice(&tile[..width]);
+            if is_last {
+                self.finish(simd, row, sums);
+            }
+            row += tile_rows;
+        }
+    }
+
+    /// Brings the sums of the rows from `row` on to the output.
+    #[inline(always)]
+    fn finish<S: Simd>(&self, simd: S, row: usize, sums: &[f32]) {
+        let width = self.columns.len();
+        for (i, sums) in sums.chunks_exact(PANEL).enumerate() {
+            // SAFETY: no other task has these columns of these rows, and no two of these parts are alive at a time.
+            let output = unsafe { self.output.part((row + i) * self.outputs + self.columns.start, width) };
+            match self.epilogue {
+                Epilogue::Store => output.copy_from_slice(&sums[..width]),
+                Epilogue::SwiGlu => {
+                    let (gate, up) = sums.split_at(GATED);
+                    let mut gated = [0f32; GATED];
+                    for ((gated, &gate), &up) in gated.iter_mut().zip(gate).zip(up) {
+                        *gated = gate / (1.0 + exp(simd, -gate)) * up;
+                    }
+                    output.copy_from_slice(&gated[..width]);
+                }
             }
         }
     }
 }
 
-/// `tile = tile + x·block` for R rows of `x` and `block [depth, PANEL]`.
+/// `sums = sums + x·block` for R rows of `x`, `block [depth, PANEL]` and `sums [R, PANEL]`.
 #[inline(always)]
 fn tile_product<S: Simd, W: Weight, const R: usize>(
     simd: S,
     x: &[f32],
     x_stride: usize,
     block: &[W],
-    tile: &mut [[f32; PANEL]; TILE_ROWS],
+    sums: &mut [f32],
 ) {
     let depth = block.len() / PANEL;
-    assert!(R <= TILE_ROWS && block.len().is_multiple_of(PANEL) && x.len() >= (R - 1) * x_stride + depth);
+    assert!(block.len().is_multiple_of(PANEL) && x.len() >= (R - 1) * x_stride + depth && sums.len() >= R * PANEL);
     let mut column = 0;
     while column < PANEL {
-        // SAFETY: R rows of `depth` values are in `x`, `depth` rows of PANEL values in `block`, by the assertion; panels are
-        // a multiple of both widths below.
+        // SAFETY: R rows of `depth` values are in `x`, `depth` rows of PANEL values in `block` and R in `sums`, by the
+        // assertion; panels are a multiple of both widths below.
         unsafe {
+            let (block, sums) = (block.as_ptr().add(column), sums.as_mut_ptr().add(column));
             if S::TILE_VECTORS >= 4 {
-                panel::<S, W, R, 4>(simd, x.as_ptr(), x_stride, depth, block.as_ptr().add(column), tile, column);
+                panel::<S, W, R, 4>(simd, x.as_ptr(), x_stride, depth, block, sums);
                 column += 4 * S::LANES;
             } else {
-                panel::<S, W, R, 2>(simd, x.as_ptr(), x_stride, depth, block.as_ptr().add(column), tile, column);
+                panel::<S, W, R, 2>(simd, x.as_ptr(), x_stride, depth, block, sums);
                 column += 2 * S::LANES;
             }
         }
     }
 }
 
-/// One register tile: R rows, V vectors of columns from `column` on.
+/// One register tile: R rows, V vectors of columns.
 ///
 /// # Safety
-/// `x` has R rows of `depth` values, `block` `depth` rows of V vectors `PANEL` apart; `column` and V vectors end in the panel.
+/// `x` has R rows of `depth` values, `block` `depth` rows and `sums` R rows of V vectors, both `PANEL` apart.
 #[inline(always)]
 unsafe fn panel<S: Simd, W: Weight, const R: usize, const V: usize>(
     simd: S,
@@ -279,32 +446,59 @@ unsafe fn panel<S: Simd, W: Weight, const R: usize, const V: usize>(
     x_stride: usize,
     depth: usize,
     block: *const W,
-    tile: &mut [[f32; PANEL]; TILE_ROWS],
-    column: usize,
+    sums: *mut f32,
 ) {
+    /// Steps that share one turn of the loop.
+    const UNROLL: usize = 4;
     // SAFETY: the caller vouches for all three.
     unsafe {
-        let mut sums = [[simd.splat(0.0); V]; R];
-        for (i, row) in sums.iter_mut().enumerate() {
+        let mut tile = [[simd.splat(0.0); V]; R];
+        for (i, row) in tile.iter_mut().enumerate() {
             for (j, sum) in row.iter_mut().enumerate() {
-                *sum = simd.load(tile[i].as_ptr().add(column + j * S::LANES));
+                *sum = simd.load(sums.add(i * PANEL + j * S::LANES));
             }
         }
-        for k in 0..depth {
-            let mut weights = [simd.splat(0.0); V];
-            for (j, weight) in weights.iter_mut().enumerate() {
-                *weight = W::load(simd, block.add(k * PANEL + j * S::LANES));
+        let mut k = 0;
+        while k + UNROLL <= depth {
+            for step in 0..UNROLL {
+                multiply_add::<S, W, R, V>(simd, x.add(k + step), x_stride, block.add((k + step) * PANEL), &mut tile);
             }
-            for (i, row) in sums.iter_mut().enumerate() {
-                let factor = simd.splat(*x.add(i * x_stride + k));
-                for (sum, weight) in row.iter_mut().zip(weights) {
-                    *sum = simd.mul_add(factor, weight, *sum);
-                }
-            }
+            k += UNROLL;
         }
-        for (i, row) in sums.iter().enumerate() {
+        while k < depth {
+            multiply_add::<S, W, R, V>(simd, x.add(k), x_stride, block.add(k * PANEL), &mut tile);
+            k += 1;
+        }
+        for (i, row) in tile.iter().enumerate() {
             for (j, &sum) in row.iter().enumerate() {
-                simd.store(tile[i].as_mut_ptr().add(column + j * S::LANES), sum);
+                simd.store(sums.add(i * PANEL + j * S::LANES), sum);
+            }
+        }
+    }
+}
+
+/// One input's part of a register tile's sums.
+///
+/// # Safety
+/// `x` has R values `x_stride` apart, `block` V vectors.
+#[inline(always)]
+unsafe fn multiply_add<S: Simd, W: Weight, const R: usize, const V: usize>(
+    simd: S,
+    x: *const f32,
+    x_stride: usize,
+    block: *const W,
+    tile: &mut [[S::Vector; V]; R],
+) {
+    // SAFETY: the caller vouches for both.
+    unsafe {
+        let mut weights = [simd.splat(0.0); V];
+        for (j, weight) in weights.iter_mut().enumerate() {
+            *weight = W::load(simd, block.add(j * S::LANES));
+        }
+        for (i, row) in tile.iter_mut().enumerate() {
+            let factor = simd.splat(*x.add(i * x_stride));
+            for (sum, weight) in row.iter_mut().zip(weights) {
+                *sum = simd.mul_add(factor, weight, *sum);
             }
         }
     }
@@ -312,7 +506,7 @@ unsafe fn panel<S: Simd, W: Weight, const R: usize, const V: usize>(
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
+    use candle_core::Device;
 
     use super::*;
 
@@ -337,14 +531,17 @@ mod tests {
             let x = random(n, depth, 1);
             let exact = random(outputs, depth, 2);
             let brief = exact.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
-            for (weight, dtype) in [(exact, DType::F32), (brief, DType::BF16)] {
+            let half = exact.to_dtype(DType::F16).unwrap().to_dtype(DType::F32).unwrap();
+            for (weight, dtype) in [(exact, DType::F32), (brief, DType::BF16), (half, DType::F16)] {
                 let packed = pack_linear(&weight).unwrap();
                 assert_eq!(packed.dtype(), dtype);
                 let expected = x.to_dtype(DType::F64).unwrap();
                 let expected = expected.matmul(&weight.to_dtype(DType::F64).unwrap().t().unwrap()).unwrap();
                 let expected = expected.to_vec2::<f64>().unwrap();
                 for level in Level::available() {
-                    let ours = rows(&x.apply_op2_no_bwd(&packed, &PackedLinear { outputs, level }).unwrap());
+                    let ours = rows(
+                        &x.apply_op2_no_bwd(&packed, &Product { outputs, epilogue: Epilogue::Store, level }).unwrap(),
+                    );
                     for (ours, expected) in ours.iter().flatten().zip(expected.iter().flatten()) {
                         let tolerance = 1e-6 * (depth as f64).sqrt() * 3.0;
                         assert!((f64::from(*ours) - expected).abs() < tolerance, "{level:?}: {ours} {expected}");
@@ -356,17 +553,36 @@ mod tests {
 
     #[test]
     fn a_row_is_the_same_to_the_bit_in_any_company() {
-        for narrow in [false, true] {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
             let x = random(400, 700, 3);
-            let mut weight = random(150, 700, 4);
-            if narrow {
-                weight = weight.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
-            }
+            let weight = random(150, 700, 4).to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap();
             let packed = pack_linear(&weight).unwrap();
             let all = rows(&packed_linear(&x, &packed, 150).unwrap());
             for (first, count) in [(0, 1), (17, 1), (100, 2), (3, 7), (50, 17), (51, 18), (190, 64), (10, 380)] {
                 let some = rows(&packed_linear(&x.narrow(0, first, count).unwrap(), &packed, 150).unwrap());
                 assert_eq!(some, all[first..first + count], "rows {first} and {count} on");
+            }
+        }
+    }
+
+    #[test]
+    fn gated_rows_are_the_same_in_any_company_and_alike_at_every_level() {
+        let x = random(250, 1100, 3);
+        let packed = pack_gate_up(&random(2 * 70, 1100, 4)).unwrap();
+        let at = |level, first: usize, count: usize| {
+            let gated = Tensor::zeros((count, 70), DType::F32, &Device::Cpu).unwrap();
+            let product = Product { outputs: 70, epilogue: Epilogue::SwiGlu, level };
+            gated.inplace_op3(&x.narrow(0, first, count).unwrap(), &packed, &product).unwrap();
+            rows(&gated)
+        };
+        let portable = at(Level::Portable, 0, 250);
+        for level in Level::available() {
+            let all = at(level, 0, 250);
+            for (first, count) in [(0, 1), (17, 5), (100, 18), (40, 200)] {
+                assert_eq!(at(level, first, count), all[first..first + count], "{level:?}");
+            }
+            for (ours, portable) in all.iter().flatten().zip(portable.iter().flatten()) {
+                assert!((ours - portable).abs() < 2e-4 * portable.abs().max(1.0), "{level:?}: {ours} {portable}");
             }
         }
     }

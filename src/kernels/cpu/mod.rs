@@ -7,14 +7,12 @@ mod norm;
 mod output;
 mod rotary;
 mod simd;
-mod swiglu;
 
 pub use attention::varlen_attention;
 pub use cached_attention::{KvRing, cached_attention};
-pub use linear::{pack_linear, packed_linear};
+pub use linear::{narrowed, pack_gate_up, pack_linear, packed_linear, packed_linear_into, packed_swiglu_into};
 pub use norm::{add_rms_norm, rms_norm};
 pub use rotary::rotary_embedding;
-pub use swiglu::swiglu;
 
 use candle_core::{CpuStorage, Layout, Result, bail};
 
@@ -32,5 +30,14 @@ fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout, what: &str) -> Resul
     match layout.contiguous_offsets() {
         Some((begin, end)) => Ok(&values[begin..end]),
         None => bail!("{what}: expected a contiguous tensor, got {layout:?}"),
+    }
+}
+
+/// The f32 values of a contiguous tensor that is written in place.
+fn contiguous_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout, what: &str) -> Result<&'a mut [f32]> {
+    let CpuStorage::F32(values) = storage else { bail!("{what}: the CPU kernels compute in f32") };
+    match layout.contiguous_offsets() {
+        Some((begin, end)) => Ok(&mut values[begin..end]),
+        None => bail!("{what}: expected a contiguous tensor to write to, got {layout:?}"),
     }
 }

@@ -3,7 +3,7 @@
 //! The binary is built for the oldest CPU; [`dispatch`] picks the widest version that the CPU at hand runs. Plain
 //! loops inside a [`Kernel`] are vectorised by the compiler for that version, so only products need explicit vectors.
 
-use half::bf16;
+use half::{bf16, f16};
 
 /// An instruction set, as a token that exists only where the CPU has it.
 ///
@@ -31,6 +31,11 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `LANES` values from `src` on can be read.
     unsafe fn load_bf16(self, src: *const bf16) -> Self::Vector;
+    /// Widens f16 values, which changes none of them.
+    ///
+    /// # Safety
+    /// `LANES` values from `src` on can be read.
+    unsafe fn load_f16(self, src: *const f16) -> Self::Vector;
     /// # Safety
     /// `LANES` values from `dst` on can be written.
     unsafe fn store(self, dst: *mut f32, value: Self::Vector);
@@ -71,7 +76,7 @@ impl Level {
     pub(super) fn best() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
                 if is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512bw")
@@ -181,6 +186,12 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_f16(self, src: *const f16) -> [f32; 4] {
+        // SAFETY: as for `load`.
+        unsafe { src.cast::<[f16; 4]>().read_unaligned() }.map(f16::to_f32)
+    }
+
+    #[inline(always)]
     unsafe fn store(self, dst: *mut f32, value: [f32; 4]) {
         // SAFETY: as for `load`.
         unsafe { dst.cast::<[f32; 4]>().write(value) }
@@ -201,7 +212,7 @@ impl Simd for Portable {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use half::bf16;
+    use half::{bf16, f16};
 
     use super::{Kernel, Simd};
 
@@ -214,12 +225,12 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub(super) struct Avx512(());
 
-    #[target_feature(enable = "avx2,fma")]
+    #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn run_avx2(kernel: impl Kernel) {
         kernel.run(Avx2(()));
     }
 
-    #[target_feature(enable = "avx2,fma,avx512f,avx512vl,avx512bw,avx512dq")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512dq")]
     pub(super) fn run_avx512(kernel: impl Kernel) {
         kernel.run(Avx512(()));
     }
@@ -231,7 +242,7 @@ mod x86 {
 
         #[inline(always)]
         fn splat(self, value: f32) -> __m256 {
-            // SAFETY: the token proves AVX2 and FMA, here and below.
+            // SAFETY: the token proves AVX2, FMA and F16C, here and below.
             unsafe { _mm256_set1_ps(value) }
         }
 
@@ -265,6 +276,12 @@ mod x86 {
                 let halves = _mm_loadu_si128(src.cast());
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
             }
+        }
+
+        #[inline(always)]
+        unsafe fn load_f16(self, src: *const f16) -> __m256 {
+            // SAFETY: as for `splat`, which proves F16C, too; the caller vouches for 8 values.
+            unsafe { _mm256_cvtph_ps(_mm_loadu_si128(src.cast())) }
         }
 
         #[inline(always)]
@@ -321,6 +338,12 @@ mod x86 {
                 let halves = _mm256_loadu_si256(src.cast());
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
             }
+        }
+
+        #[inline(always)]
+        unsafe fn load_f16(self, src: *const f16) -> __m512 {
+            // SAFETY: as for `splat`; the caller vouches for 16 values.
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(src.cast())) }
         }
 
         #[inline(always)]

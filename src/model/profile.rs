@@ -1,0 +1,42 @@
+//! Where a model's time goes.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+/// A part of the forward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    Embedding,
+    Norm,
+    QkvProjection,
+    Rotary,
+    Attention,
+    OutputProjection,
+    GateUpProjection,
+    DownProjection,
+}
+
+/// The names of the phases, in the order of [`Phase`].
+const NAMES: [&str; 8] =
+    ["embedding", "norm", "qkv_proj", "rotary", "attention", "o_proj", "gate_up_proj", "down_proj"];
+
+/// Wall time of each part of the forward pass, summed over all passes of a model.
+#[derive(Debug, Default)]
+pub struct Profile {
+    nanoseconds: [AtomicU64; NAMES.len()],
+}
+
+impl Profile {
+    /// Runs `work` as part of `phase`.
+    pub(super) fn time<T>(&self, phase: Phase, work: impl FnOnce() -> T) -> T {
+        let started = Instant::now();
+        let result = work();
+        self.nanoseconds[phase as usize].fetch_add(started.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        result
+    }
+
+    /// The name of each part and the seconds spent in it.
+    pub fn seconds(&self) -> impl Iterator<Item = (&'static str, f64)> {
+        NAMES.iter().zip(&self.nanoseconds).map(|(name, spent)| (*name, spent.load(Ordering::Relaxed) as f64 / 1e9))
+    }
+}
