@@ -131,7 +131,7 @@ def compare(args, task: str, engines: dict) -> None:
         for name, (kind, folder, _) in engines.items():
             runs[name].append(transformers(args, task, name) if kind else ours(args, task, folder))
     seconds = {name: statistics.median(run["seconds"] for run in runs[name]) for name in engines}
-    first, second = engines  # ours, in f32 and in bf16
+    first, second = list(engines)[:2]  # ours, from the f32 and from the bf16 checkpoint
     if task == "classify":
         work, unit = runs[first][0]["tokens"], "tokens/s"
         print(f"classify: {args.texts} texts, {work} tokens, {args.rounds} round(s), {args.threads} thread(s)")
