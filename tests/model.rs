@@ -1,5 +1,7 @@
 //! The model against itself: packed = padded oracle, alone = in company, and how far the window sees.
 
+mod cuda_on_cpu;
+
 use candle_core::{Device, Tensor};
 use mistral_batch::batch::{LeftPaddedBatch, Sequence};
 use mistral_batch::model::{Checkpoint, MistralModel, reference};

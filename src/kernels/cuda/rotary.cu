@@ -59,7 +59,8 @@ __device__ void rotary(T* qkv, const u32* positions, const float* cos, const flo
 
 // `rotary_cache_write` also writes the token's key and value to slot position mod capacity of its sequence. Of a step
 // with more tokens than slots (`sequence_ends`: tokens of each sequence after the step) only the last are written, so
-// no slot is written twice; a capacity of 0 has no slots.
+// no slot is written twice. A sequence of capacity 0 is a place in a captured step that nobody has: its tokens are left as
+// they are, and their positions may be beyond the tables.
 #define ENTRY(T, suffix)                                                                                              \
     extern "C" __global__ void __launch_bounds__(128)                                                                 \
         rotary_##suffix(T* qkv, const u32* positions, const float* cos, const float* sin, u32 num_heads,              \
@@ -74,8 +75,11 @@ __device__ void rotary(T* qkv, const u32* positions, const float* cos, const flo
         const Heads heads{num_heads, num_kv_heads, head_dim};                                                         \
         const u32 position = positions[blockIdx.x], sequence = token_sequences[blockIdx.x];                           \
         const u32 capacity = capacities[sequence];                                                                    \
+        if (capacity == 0) {                                                                                          \
+            return;                                                                                                   \
+        }                                                                                                             \
         CacheSlot<T> slot{};                                                                                          \
-        if (capacity > 0 && u64(position) + capacity >= sequence_ends[sequence]) {                                    \
+        if (u64(position) + capacity >= sequence_ends[sequence]) {                                    \
             const u32* blocks = block_tables + u64(sequence) * max_blocks;                                            \
             slot = cache_slot(key_cache, value_cache, blocks, position % capacity, heads);                            \
         }                                                                                                             \

@@ -1,0 +1,446 @@
+// The coroutines behind cuda_on_cpu.h: one block of threads at a time.
+
+#include "launch.h"
+#include "cuda_on_cpu.h"
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <unordered_map>
+#include <vector>
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace cuda_on_cpu {
+namespace {
+
+constexpr size_t STACK_BYTES = 256 << 10;
+constexpr unsigned WARP = 32;
+// What a block may have on sm_90; static arrays share 48 KiB.
+constexpr size_t MOST_DYNAMIC_BYTES = 227 << 10, MOST_STATIC_BYTES = 48 << 10;
+
+#if defined(__x86_64__)
+// Saves what a call must keep and the stack pointer to `*from`, then takes up `to`'s.
+extern "C" void cuda_on_cpu_switch(void** from, void* to);
+asm(R"(
+.text
+.type cuda_on_cpu_switch, @function
+cuda_on_cpu_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size cuda_on_cpu_switch, . - cuda_on_cpu_switch
+)");
+
+struct Context {
+    void* stack_pointer = nullptr;
+
+    void prepare(unsigned char* stack, void (*entry)()) {
+        // As after a call: 8 bytes off a multiple of 16. The entry never returns.
+        auto* top = reinterpret_cast<void**>(stack + STACK_BYTES - 64);
+        *--top = nullptr;
+        *--top = reinterpret_cast<void*>(entry);
+        top -= 6;
+        std::fill(top, top + 6, nullptr);
+        stack_pointer = top;
+    }
+    static void go(Context& from, Context& to) { cuda_on_cpu_switch(&from.stack_pointer, to.stack_pointer); }
+};
+#else
+struct Context {
+    ucontext_t context;
+
+    void prepare(unsigned char* stack, void (*entry)()) {
+        getcontext(&context);
+        context.uc_stack.ss_sp = stack;
+        context.uc_stack.ss_size = STACK_BYTES;
+        context.uc_link = nullptr;
+        makecontext(&context, entry, 0);
+    }
+    static void go(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+};
+#endif
+
+// Memory whose end is the end of what can be touched.
+struct GuardedBytes {
+    unsigned char* start;
+    size_t bytes;
+
+    explicit GuardedBytes(size_t bytes) : start(static_cast<unsigned char*>(cuda_on_cpu_allocate(bytes))), bytes(bytes) {
+        if (start == nullptr) {
+            fail("no memory for %zu bytes", bytes);
+        }
+    }
+    GuardedBytes(const GuardedBytes&) = delete;
+    ~GuardedBytes() { cuda_on_cpu_free(start, bytes); }
+};
+
+enum class State { Runnable, AtBarrier, AtMeeting, Done };
+
+struct Copy {
+    void* to;
+    const void* from;
+    bool valid;
+};
+
+struct Thread {
+    Context context;
+    unsigned char* stack = nullptr;
+    Position position;
+    State state = State::Runnable;
+    Meeting meeting;
+    Exchange* exchange = nullptr;
+    std::vector<Copy> uncommitted;
+    std::vector<std::vector<Copy>> groups;
+};
+
+// Memory that the blocks of one OS thread use one after the other.
+struct Machine {
+    Context scheduler;
+    std::vector<Thread> threads;
+    std::vector<unsigned char*> stacks;
+    Thread* current = nullptr;
+    unsigned num_threads = 0;
+    bool said = false, answer = false;
+    const std::function<void()>* body = nullptr;
+    GuardedBytes dynamic{MOST_DYNAMIC_BYTES}, statics{MOST_STATIC_BYTES};
+    size_t dynamic_bytes = 0, static_bytes = 0;
+    std::unordered_map<const void*, unsigned char*> static_arrays;
+
+    ~Machine() {
+        for (auto* stack : stacks) {
+            munmap(stack, STACK_BYTES);
+        }
+    }
+};
+
+thread_local Machine machine;
+thread_local const char* kernel_name = "no kernel";
+
+void give_way(State state) {
+    machine.current->state = state;
+    Context::go(machine.current->context, machine.scheduler);
+}
+
+void thread_entry() {
+    (*machine.body)();
+    if (!machine.current->uncommitted.empty()) {
+        fail("a thread ended with copies that it never committed");
+    }
+    give_way(State::Done);
+    std::abort();
+}
+
+float half_value(bool is_f16, unsigned bits) {
+    return is_f16 ? __half2float(__half{uint16_t(bits)}) : __bfloat162float(__nv_bfloat16{uint16_t(bits)});
+}
+
+void do_shuffle(Thread* warp) {
+    for (unsigned lane = 0; lane < WARP; lane++) {
+        const unsigned* in = warp[lane].exchange->in;
+        const unsigned source = (in[2] ? lane ^ in[1] : in[1]) % WARP;
+        warp[lane].exchange->out[0] = warp[source].exchange->in[0];
+    }
+}
+
+// PTX ISA, "Warp-level matrix instructions: ldmatrix": row r of matrix i is at the address of lane 8i + r.
+void do_ldmatrix(Thread* warp, bool transposed) {
+    uint16_t matrices[4][8][8];
+    for (unsigned lane = 0; lane < WARP; lane++) {
+        const void* row = warp[lane].exchange->pointer;
+        check_aligned(row, 16);
+        std::memcpy(matrices[lane / 8][lane % 8], row, 16);
+    }
+    for (unsigned lane = 0; lane < WARP; lane++) {
+        const unsigned row = lane / 4, column = lane % 4 * 2;
+        for (unsigned i = 0; i < 4; i++) {
+            const auto& m = matrices[i];
+            const unsigned low = transposed ? m[column][row] : m[row][column];
+            const unsigned high = transposed ? m[column + 1][row] : m[row][column + 1];
+            warp[lane].exchange->out[i] = low | high << 16;
+        }
+    }
+}
+
+// PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type": where each lane's registers lie.
+void do_mma(Thread* warp, bool is_f16) {
+    float a[16][16], b[16][8], sums[16][8];
+    for (unsigned lane = 0; lane < WARP; lane++) {
+        const unsigned* in = warp[lane].exchange->in;
+        const unsigned group = lane / 4, in_group = lane % 4;
+        for (unsigned i = 0; i < 8; i++) {
+            const unsigned row = (i % 4 < 2) ? group : group + 8;
+            const unsigned column = in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0);
+            a[row][column] = half_value(is_f16, in[i / 2] >> (i & 1) * 16);
+        }
+        for (unsigned i = 0; i < 4; i++) {
+            const unsigned row = in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0);
+            b[row][group] = half_value(is_f16, in[4 + i / 2] >> (i & 1) * 16);
+        }
+        for (unsigned i = 0; i < 4; i++) {
+            sums[i < 2 ? group : group + 8][in_group * 2 + (i & 1)] = bits<float>(in[6 + i]);
+        }
+    }
+    for (unsigned row = 0; row < 16; row++) {
+        for (unsigned k = 0; k < 16; k++) {
+            for (unsigned column = 0; column < 8; column++) {
+                sums[row][column] += a[row][k] * b[k][column];
+            }
+        }
+    }
+    for (unsigned lane = 0; lane < WARP; lane++) {
+        for (unsigned i = 0; i < 4; i++) {
+            const float sum = sums[i < 2 ? lane / 4 : lane / 4 + 8][lane % 4 * 2 + (i & 1)];
+            warp[lane].exchange->out[i] = bits<unsigned>(sum);
+        }
+    }
+}
+
+void poison_shared(size_t dynamic_bytes) {
+    machine.dynamic_bytes = dynamic_bytes;
+    machine.static_bytes = 0;
+    machine.static_arrays.clear();
+    std::memset(machine.dynamic.start + machine.dynamic.bytes - dynamic_bytes, 0xff, dynamic_bytes);
+}
+
+void run_block(const Launch& launch, Index3 block, std::mt19937_64& random) {
+    const auto [x, y, z] = launch.block;
+    machine.num_threads = x * y * z;
+    machine.threads.resize(std::max<size_t>(machine.threads.size(), machine.num_threads));
+    while (machine.stacks.size() < machine.num_threads) {
+        void* stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (stack == MAP_FAILED) {
+            fail("no memory for a thread's stack");
+        }
+        machine.stacks.push_back(static_cast<unsigned char*>(stack));
+    }
+    poison_shared(launch.dynamic_shared_bytes);
+    std::vector<unsigned> order(machine.num_threads);
+    for (unsigned i = 0; i < machine.num_threads; i++) {
+        Thread& thread = machine.threads[i];
+        order[i] = i;
+        thread.position = {{i % x, i / x % y, i / (x * y)}, block, launch.block, launch.grid};
+        thread.state = State::Runnable;
+        thread.groups.clear();
+        thread.context.prepare(machine.stacks[i], thread_entry);
+    }
+    for (;;) {
+        std::shuffle(order.begin(), order.end(), random);
+        bool ran = false;
+        unsigned done = 0, at_barrier = 0;
+        for (const unsigned i : order) {
+            Thread& thread = machine.threads[i];
+            if (thread.state == State::Runnable) {
+                ran = true;
+                machine.current = &thread;
+                Context::go(machine.scheduler, thread.context);
+            }
+        }
+        for (const unsigned i : order) {
+            done += machine.threads[i].state == State::Done;
+            at_barrier += machine.threads[i].state == State::AtBarrier;
+        }
+        if (done == machine.num_threads) {
+            return;
+        }
+        if (done + at_barrier == machine.num_threads) {
+            if (done != 0) {
+                fail("%u threads wait at a barrier that %u threads never reach", at_barrier, done);
+            }
+            machine.answer = machine.said;
+            machine.said = false;
+            for (const unsigned i : order) {
+                machine.threads[i].state = State::Runnable;
+            }
+        } else if (!ran) {
+            fail("lanes wait for others of their warp that are elsewhere");
+        }
+    }
+}
+
+}  // namespace
+
+const Position& position() { return machine.current->position; }
+
+bool barrier(bool said) {
+    machine.said = machine.said || said;
+    give_way(State::AtBarrier);
+    return machine.answer;
+}
+
+void meet(Meeting meeting, Exchange& exchange) {
+    Thread* own = machine.current;
+    const unsigned index = own - machine.threads.data();
+    Thread* warp = machine.threads.data() + index / WARP * WARP;
+    own->meeting = meeting;
+    own->exchange = &exchange;
+    for (unsigned lane = 0; lane < WARP; lane++) {
+        if (warp + lane != own && warp[lane].state != State::AtMeeting) {
+            give_way(State::AtMeeting);
+            return;
+        }
+    }
+    for (unsigned lane = 0; lane < WARP; lane++) {
+        if (warp[lane].meeting != meeting) {
+            fail("lanes of a warp meet at different instructions");
+        }
+    }
+    switch (meeting) {
+        case Meeting::Shuffle: do_shuffle(warp); break;
+        case Meeting::Ldmatrix: do_ldmatrix(warp, false); break;
+        case Meeting::LdmatrixTransposed: do_ldmatrix(warp, true); break;
+        case Meeting::MmaBf16: do_mma(warp, false); break;
+        case Meeting::MmaF16: do_mma(warp, true); break;
+    }
+    for (unsigned lane = 0; lane < WARP; lane++) {
+        if (warp + lane != own) {
+            warp[lane].state = State::Runnable;
+        }
+    }
+}
+
+void* static_shared(const void* site, size_t bytes) {
+    auto [entry, is_new] = machine.static_arrays.try_emplace(site, nullptr);
+    if (is_new) {
+        machine.static_bytes += (bytes + 15) / 16 * 16;
+        if (machine.static_bytes > MOST_STATIC_BYTES) {
+            fail("%zu bytes of static shared memory", machine.static_bytes);
+        }
+        entry->second = machine.statics.start + machine.statics.bytes - machine.static_bytes;
+        std::memset(entry->second, 0xff, (bytes + 15) / 16 * 16);
+    }
+    return entry->second;
+}
+
+unsigned char* dynamic_shared() {
+    return machine.dynamic.start + machine.dynamic.bytes - machine.dynamic_bytes;
+}
+
+void copy_async(void* to, const void* from, bool valid) {
+    check_aligned(to, 16);
+    check_aligned(from, 16);
+    machine.current->uncommitted.push_back({to, from, valid});
+}
+
+void commit_copies() {
+    machine.current->groups.push_back(std::move(machine.current->uncommitted));
+    machine.current->uncommitted.clear();
+}
+
+void wait_for_copies(int pending) {
+    auto& groups = machine.current->groups;
+    while (groups.size() > size_t(pending)) {
+        for (const Copy& copy : groups.front()) {
+            if (copy.valid) {
+                std::memcpy(copy.to, copy.from, 16);
+            } else {
+                std::memset(copy.to, 0, 16);
+            }
+        }
+        groups.erase(groups.begin());
+    }
+}
+
+void fail(const char* format, ...) {
+    std::fprintf(stderr, "CUDA on the CPU: %s: ", kernel_name);
+    va_list arguments;
+    va_start(arguments, format);
+    std::vfprintf(stderr, format, arguments);
+    va_end(arguments);
+    std::fprintf(stderr, "\n");
+    std::abort();
+}
+
+void run(const char* name, const Launch& launch, const std::function<void()>& body) {
+    kernel_name = name;
+    const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
+    if (threads == 0 || threads > 1024 || threads % WARP != 0) {
+        fail("%u threads a block", threads);
+    }
+    if (launch.grid.x == 0 || launch.grid.y == 0 || launch.grid.z == 0 || launch.grid.y > 65535 || launch.grid.z > 65535) {
+        fail("a grid of %u x %u x %u", launch.grid.x, launch.grid.y, launch.grid.z);
+    }
+    if (launch.dynamic_shared_bytes > MOST_DYNAMIC_BYTES || launch.dynamic_shared_bytes % 16 != 0) {
+        fail("%zu bytes of dynamic shared memory", launch.dynamic_shared_bytes);
+    }
+    std::mt19937_64 random(launch.seed);
+    machine.body = &body;
+    for (unsigned z = 0; z < launch.grid.z; z++) {
+        for (unsigned y = 0; y < launch.grid.y; y++) {
+            for (unsigned x = 0; x < launch.grid.x; x++) {
+                run_block(launch, {x, y, z}, random);
+            }
+        }
+    }
+    machine.current = nullptr;
+}
+
+}  // namespace cuda_on_cpu
+
+namespace {
+size_t page_bytes() { return sysconf(_SC_PAGESIZE); }
+size_t padded(size_t bytes) { return (bytes + 15) / 16 * 16; }
+size_t mapped(size_t bytes) { return (padded(bytes) + page_bytes() - 1) / page_bytes() * page_bytes(); }
+}  // namespace
+
+void* cuda_on_cpu_allocate(size_t bytes) {
+    void* pages = mmap(nullptr, mapped(bytes) + page_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages == MAP_FAILED) {
+        return nullptr;
+    }
+    auto* end = static_cast<unsigned char*>(pages) + mapped(bytes);
+    mprotect(end, page_bytes(), PROT_NONE);
+    std::memset(end - padded(bytes), 0xff, padded(bytes));
+    return end - padded(bytes);
+}
+
+void cuda_on_cpu_free(void* memory, size_t bytes) {
+    munmap(static_cast<unsigned char*>(memory) + padded(bytes) - mapped(bytes), mapped(bytes) + page_bytes());
+}
+
+float __half2float(__half x) {
+    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, exponent = x.bits >> 10 & 0x1f, fraction = x.bits & 0x3ff;
+    if (exponent == 0) {
+        const float value = std::ldexp(float(fraction), -24);
+        return sign ? -value : value;
+    }
+    const uint32_t wide = exponent == 31 ? 0xff : exponent + 112;
+    return cuda_on_cpu::bits<float>(sign | wide << 23 | fraction << 13);
+}
+
+__half __float2half_rn(float x) {
+    const uint32_t bits = cuda_on_cpu::bits<uint32_t>(x);
+    const uint16_t sign = bits >> 16 & 0x8000;
+    if (x != x) {
+        return {0x7fff};
+    }
+    const float magnitude = std::fabs(x);
+    if (magnitude >= 65520.0f) {
+        return {uint16_t(sign | 0x7c00)};
+    }
+    if (magnitude < 6.103515625e-05f) {
+        // Subnormal: whole multiples of 2^-24, which nearbyint rounds to nearest, ties to even.
+        return {uint16_t(sign | uint16_t(std::nearbyint(std::ldexp(magnitude, 24))))};
+    }
+    const uint32_t rounded = (bits & 0x7fffffff) + 0xfff + (bits >> 13 & 1);
+    return {uint16_t(sign | ((rounded - (112u << 23)) >> 13))};
+}
