@@ -7,7 +7,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <random>
+#include <memory>
 #include <unordered_map>
 #include <vector>
 
@@ -94,8 +94,6 @@ struct GuardedBytes {
     ~GuardedBytes() { cuda_on_cpu_free(start, bytes); }
 };
 
-enum class State { Runnable, AtBarrier, AtMeeting, Done };
-
 struct Copy {
     void* to;
     const void* from;
@@ -106,20 +104,35 @@ struct Thread {
     Context context;
     unsigned char* stack = nullptr;
     Position position;
-    State state = State::Runnable;
     Meeting meeting;
     Exchange* exchange = nullptr;
     std::vector<Copy> uncommitted;
     std::vector<std::vector<Copy>> groups;
 };
 
-// Memory that the blocks of one OS thread use one after the other.
+// Xorshift (Marsaglia 2003): which thread runs next.
+struct Random {
+    uint64_t state;
+
+    explicit Random(uint64_t seed) : state(seed * 0x9e3779b97f4a7c15 | 1) {}
+    unsigned below(unsigned end) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        return unsigned((state >> 32) * end >> 32);
+    }
+};
+
+// What the blocks of one OS thread use one after the other.
 struct Machine {
     Context scheduler;
     std::vector<Thread> threads;
     std::vector<unsigned char*> stacks;
     Thread* current = nullptr;
-    unsigned num_threads = 0;
+    unsigned num_threads = 0, at_barrier = 0, done = 0;
+    std::vector<unsigned> runnable;
+    // Lanes of each warp that have come to its common instruction.
+    unsigned met[32] = {};
     bool said = false, answer = false;
     const std::function<void()>* body = nullptr;
     GuardedBytes dynamic{MOST_DYNAMIC_BYTES}, statics{MOST_STATIC_BYTES};
@@ -133,20 +146,20 @@ struct Machine {
     }
 };
 
-thread_local Machine machine;
+thread_local std::unique_ptr<Machine> own_machine;
+// The same, without a check at each use that it was made.
+thread_local Machine* machine = nullptr;
 thread_local const char* kernel_name = "no kernel";
 
-void give_way(State state) {
-    machine.current->state = state;
-    Context::go(machine.current->context, machine.scheduler);
-}
+void give_way() { Context::go(machine->current->context, machine->scheduler); }
 
 void thread_entry() {
-    (*machine.body)();
-    if (!machine.current->uncommitted.empty()) {
+    (*machine->body)();
+    if (!machine->current->uncommitted.empty()) {
         fail("a thread ended with copies that it never committed");
     }
-    give_way(State::Done);
+    machine->done += 1;
+    give_way();
     std::abort();
 }
 
@@ -216,89 +229,78 @@ void do_mma(Thread* warp, bool is_f16) {
 }
 
 void poison_shared(size_t dynamic_bytes) {
-    machine.dynamic_bytes = dynamic_bytes;
-    machine.static_bytes = 0;
-    machine.static_arrays.clear();
-    std::memset(machine.dynamic.start + machine.dynamic.bytes - dynamic_bytes, 0xff, dynamic_bytes);
+    machine->dynamic_bytes = dynamic_bytes;
+    machine->static_bytes = 0;
+    machine->static_arrays.clear();
+    std::memset(machine->dynamic.start + machine->dynamic.bytes - dynamic_bytes, 0xff, dynamic_bytes);
 }
 
-void run_block(const Launch& launch, Index3 block, std::mt19937_64& random) {
+void run_block(const Launch& launch, Index3 block, Random& random) {
     const auto [x, y, z] = launch.block;
-    machine.num_threads = x * y * z;
-    machine.threads.resize(std::max<size_t>(machine.threads.size(), machine.num_threads));
-    while (machine.stacks.size() < machine.num_threads) {
+    const unsigned num_threads = machine->num_threads = x * y * z;
+    machine->threads.resize(std::max<size_t>(machine->threads.size(), num_threads));
+    while (machine->stacks.size() < num_threads) {
         void* stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (stack == MAP_FAILED) {
             fail("no memory for a thread's stack");
         }
-        machine.stacks.push_back(static_cast<unsigned char*>(stack));
+        machine->stacks.push_back(static_cast<unsigned char*>(stack));
     }
     poison_shared(launch.dynamic_shared_bytes);
-    std::vector<unsigned> order(machine.num_threads);
-    for (unsigned i = 0; i < machine.num_threads; i++) {
-        Thread& thread = machine.threads[i];
-        order[i] = i;
+    auto& runnable = machine->runnable;
+    for (unsigned i = 0; i < num_threads; i++) {
+        Thread& thread = machine->threads[i];
         thread.position = {{i % x, i / x % y, i / (x * y)}, block, launch.block, launch.grid};
-        thread.state = State::Runnable;
         thread.groups.clear();
-        thread.context.prepare(machine.stacks[i], thread_entry);
+        thread.context.prepare(machine->stacks[i], thread_entry);
+        runnable.push_back(i);
     }
-    for (;;) {
-        std::shuffle(order.begin(), order.end(), random);
-        bool ran = false;
-        unsigned done = 0, at_barrier = 0;
-        for (const unsigned i : order) {
-            Thread& thread = machine.threads[i];
-            if (thread.state == State::Runnable) {
-                ran = true;
-                machine.current = &thread;
-                Context::go(machine.scheduler, thread.context);
-            }
+    machine->done = machine->at_barrier = 0;
+    while (machine->done < num_threads) {
+        while (!runnable.empty()) {
+            std::swap(runnable[random.below(runnable.size())], runnable.back());
+            machine->current = &machine->threads[runnable.back()];
+            runnable.pop_back();
+            Context::go(machine->scheduler, machine->current->context);
         }
-        for (const unsigned i : order) {
-            done += machine.threads[i].state == State::Done;
-            at_barrier += machine.threads[i].state == State::AtBarrier;
-        }
-        if (done == machine.num_threads) {
-            return;
-        }
-        if (done + at_barrier == machine.num_threads) {
-            if (done != 0) {
-                fail("%u threads wait at a barrier that %u threads never reach", at_barrier, done);
+        if (machine->at_barrier == num_threads) {
+            machine->at_barrier = 0;
+            machine->answer = machine->said;
+            machine->said = false;
+            for (unsigned i = 0; i < num_threads; i++) {
+                runnable.push_back(i);
             }
-            machine.answer = machine.said;
-            machine.said = false;
-            for (const unsigned i : order) {
-                machine.threads[i].state = State::Runnable;
-            }
-        } else if (!ran) {
-            fail("lanes wait for others of their warp that are elsewhere");
+        } else if (machine->done < num_threads) {
+            fail("%u threads ended, %u wait at a barrier, and the rest for lanes of their warps that are elsewhere",
+                 machine->done, machine->at_barrier);
         }
     }
 }
 
 }  // namespace
 
-const Position& position() { return machine.current->position; }
+const Position& position() { return machine->current->position; }
 
 bool barrier(bool said) {
-    machine.said = machine.said || said;
-    give_way(State::AtBarrier);
-    return machine.answer;
+    machine->said = machine->said || said;
+    machine->at_barrier += 1;
+    give_way();
+    return machine->answer;
 }
 
 void meet(Meeting meeting, Exchange& exchange) {
-    Thread* own = machine.current;
-    const unsigned index = own - machine.threads.data();
-    Thread* warp = machine.threads.data() + index / WARP * WARP;
+    Thread* own = machine->current;
+    const unsigned index = own - machine->threads.data();
+    Thread* warp = machine->threads.data() + index / WARP * WARP;
     own->meeting = meeting;
     own->exchange = &exchange;
-    for (unsigned lane = 0; lane < WARP; lane++) {
-        if (warp + lane != own && warp[lane].state != State::AtMeeting) {
-            give_way(State::AtMeeting);
-            return;
-        }
+    unsigned& met = machine->met[index / WARP];
+    met += 1;
+    if (met < WARP) {
+        give_way();
+        return;
     }
+    met = 0;
     for (unsigned lane = 0; lane < WARP; lane++) {
         if (warp[lane].meeting != meeting) {
             fail("lanes of a warp meet at different instructions");
@@ -313,41 +315,41 @@ void meet(Meeting meeting, Exchange& exchange) {
     }
     for (unsigned lane = 0; lane < WARP; lane++) {
         if (warp + lane != own) {
-            warp[lane].state = State::Runnable;
+            machine->runnable.push_back(index / WARP * WARP + lane);
         }
     }
 }
 
 void* static_shared(const void* site, size_t bytes) {
-    auto [entry, is_new] = machine.static_arrays.try_emplace(site, nullptr);
+    auto [entry, is_new] = machine->static_arrays.try_emplace(site, nullptr);
     if (is_new) {
-        machine.static_bytes += (bytes + 15) / 16 * 16;
-        if (machine.static_bytes > MOST_STATIC_BYTES) {
-            fail("%zu bytes of static shared memory", machine.static_bytes);
+        machine->static_bytes += (bytes + 15) / 16 * 16;
+        if (machine->static_bytes > MOST_STATIC_BYTES) {
+            fail("%zu bytes of static shared memory", machine->static_bytes);
         }
-        entry->second = machine.statics.start + machine.statics.bytes - machine.static_bytes;
+        entry->second = machine->statics.start + machine->statics.bytes - machine->static_bytes;
         std::memset(entry->second, 0xff, (bytes + 15) / 16 * 16);
     }
     return entry->second;
 }
 
 unsigned char* dynamic_shared() {
-    return machine.dynamic.start + machine.dynamic.bytes - machine.dynamic_bytes;
+    return machine->dynamic.start + machine->dynamic.bytes - machine->dynamic_bytes;
 }
 
 void copy_async(void* to, const void* from, bool valid) {
     check_aligned(to, 16);
     check_aligned(from, 16);
-    machine.current->uncommitted.push_back({to, from, valid});
+    machine->current->uncommitted.push_back({to, from, valid});
 }
 
 void commit_copies() {
-    machine.current->groups.push_back(std::move(machine.current->uncommitted));
-    machine.current->uncommitted.clear();
+    machine->current->groups.push_back(std::move(machine->current->uncommitted));
+    machine->current->uncommitted.clear();
 }
 
 void wait_for_copies(int pending) {
-    auto& groups = machine.current->groups;
+    auto& groups = machine->current->groups;
     while (groups.size() > size_t(pending)) {
         for (const Copy& copy : groups.front()) {
             if (copy.valid) {
@@ -382,8 +384,12 @@ void run(const char* name, const Launch& launch, const std::function<void()>& bo
     if (launch.dynamic_shared_bytes > MOST_DYNAMIC_BYTES || launch.dynamic_shared_bytes % 16 != 0) {
         fail("%zu bytes of dynamic shared memory", launch.dynamic_shared_bytes);
     }
-    std::mt19937_64 random(launch.seed);
-    machine.body = &body;
+    if (own_machine == nullptr) {
+        own_machine = std::make_unique<Machine>();
+        machine = own_machine.get();
+    }
+    Random random(launch.seed);
+    machine->body = &body;
     for (unsigned z = 0; z < launch.grid.z; z++) {
         for (unsigned y = 0; y < launch.grid.y; y++) {
             for (unsigned x = 0; x < launch.grid.x; x++) {
@@ -391,7 +397,7 @@ void run(const char* name, const Launch& launch, const std::function<void()>& bo
             }
         }
     }
-    machine.current = nullptr;
+    machine->current = nullptr;
 }
 
 }  // namespace cuda_on_cpu

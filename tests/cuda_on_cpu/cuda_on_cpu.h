@@ -1,7 +1,7 @@
 // CUDA's execution model for the host's compiler, so that the kernels' own sources run in tests without a GPU.
 //
 // A block's threads are coroutines of one OS thread that give way at barriers and wherever a warp acts as one (shuffles,
-// matrix fragments, tensor cores), in an order that a seed shuffles anew each round. Checked on the way: barriers that not
+// matrix fragments, tensor cores), in an order that a seed decides. Checked on the way: barriers that not
 // all threads reach, lanes of a warp that meet at different instructions, addresses that are not aligned as the device wants
 // them, accesses beyond the dynamic shared memory. Shared memory begins as NaN, and asynchronous copies arrive only
 // when they are waited for.

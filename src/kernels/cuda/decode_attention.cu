@@ -18,41 +18,161 @@ __device__ __forceinline__ u32 slots_seen(const u32* positions, const u32* capac
 
 // Rows of 128 or 256 bytes come to shared memory all at once, by copies that do not wait; others are read in place.
 // Chunk c (of 16 bytes) of row r lies at c ^ (r % 8), so that threads that each read a row find it in different banks.
-template <typename T> struct SlotRows {
+template <typename T, bool STAGED> struct SlotRows {
     const T* values;
     u32 head_dim;
-    bool staged;
 
     __device__ __forceinline__ const T* at(u32 row, u32 column) const {
         const u32 chunk = column / WIDEST<T>;
-        return values + row * head_dim + (staged ? (chunk ^ (row % 8)) * WIDEST<T> + column % WIDEST<T> : column);
+        return values + row * head_dim + (STAGED ? (chunk ^ (row % 8)) * WIDEST<T> + column % WIDEST<T> : column);
     }
 
-    // Begins to copy `rows` rows from `from` to `to`; the rest become zero.
-    __device__ __forceinline__ static void begin_copy(T* to, const T* from, u32 head_dim, u32 rows) {
+    // The same rows in shared memory, where `to` is, as soon as they have arrived; beyond `rows` they are zero.
+    __device__ __forceinline__ SlotRows<T, true> stage(T* to, u32 rows) const {
         const u32 row_chunks = head_dim / WIDEST<T>;
         for (u32 item = threadIdx.x; item < SPLIT_SLOTS * row_chunks; item += blockDim.x) {
             const u32 row = item / row_chunks, chunk = item % row_chunks;
             const bool valid = row < rows;
             copy_async(to + row * head_dim + (chunk ^ (row % 8)) * WIDEST<T>,
-                       from + (valid ? row : 0) * head_dim + chunk * WIDEST<T>, valid);
+                       values + (valid ? row : 0) * head_dim + chunk * WIDEST<T>, valid);
         }
+        commit_copies();
+        return {to, head_dim};
     }
 };
 
-// The scores of one slot against up to 4 query heads `[4, D]`, unscaled.
-template <typename T, u32 LEN>
-__device__ __forceinline__ void slot_scores(SlotRows<T> keys, u32 slot, const float* queries, float (&scores)[GROUP_HEADS]) {
+// The scores of one slot against 4 query heads `[D, 4]`, unscaled.
+template <u32 LEN, typename T, bool STAGED>
+__device__ __forceinline__ void slot_scores(SlotRows<T, STAGED> keys, u32 slot, const float* queries,
+                                            float (&scores)[GROUP_HEADS]) {
     for (u32 column = 0; column < keys.head_dim; column += LEN) {
         const Vector<T, LEN> key = load<LEN>(keys.at(slot, column));
 #pragma unroll
         for (u32 i = 0; i < LEN; i++) {
             const float value = to_float(key.values[i]);
+            const Floats<GROUP_HEADS> query(queries + (column + i) * GROUP_HEADS);
 #pragma unroll
             for (u32 h = 0; h < GROUP_HEADS; h++) {
-                scores[h] += queries[h * keys.head_dim + column + i] * value;
+                scores[h] += query.values[h] * value;
             }
         }
+    }
+}
+
+// One split of one row's slots, and where its results go.
+struct Split {
+    // Slots of this split that are filled.
+    u32 rows;
+    // Entry, head and split, in the order of `partial`'s dimensions, of the key head's first query head.
+    u64 out;
+    // From a head to the next in `partial`, in splits.
+    u32 head_stride;
+};
+
+// Shared memory of a block.
+struct Scratch {
+    // `[D, 4]`
+    float* queries;
+    // `[slots, 4]`
+    float* weights;
+    // `[4, parts, D]`
+    float* column_sums;
+    // `[4, warps]`
+    float* warp_parts;
+};
+
+// Weighted sums of the split's values for all heads of its group, 4 at a time.
+template <typename T, bool STAGED>
+__device__ __forceinline__ void attend_split(const T* query, SlotRows<T, STAGED> keys, SlotRows<T, STAGED> values, Split split,
+                                             u32 group, float to_log2, Scratch scratch, float* partial,
+                                             float* partial_stats) {
+    const auto [queries, weights, column_sums, warp_parts] = scratch;
+    const u32 dim = keys.head_dim, thread = threadIdx.x;
+    for (u32 first = 0; first < group; first += GROUP_HEADS) {
+        const u32 group_heads = min(GROUP_HEADS, group - first);
+        for (u32 i = thread; i < GROUP_HEADS * dim; i += blockDim.x) {
+            const u32 h = i / dim, column = i % dim;
+            queries[column * GROUP_HEADS + h] = h < group_heads ? to_float(query[first * dim + i]) : 0.0f;
+        }
+        wait_for_copies<1>();
+        __syncthreads();
+
+        // A thread a slot.
+        float scores[GROUP_HEADS] = {}, largest[GROUP_HEADS];
+        if (thread < split.rows) {
+            if (STAGED || in_vectors(keys.values, dim)) {
+                slot_scores<WIDEST<T>>(keys, thread, queries, scores);
+            } else {
+                slot_scores<1>(keys, thread, queries, scores);
+            }
+        }
+#pragma unroll
+        for (u32 h = 0; h < GROUP_HEADS; h++) {
+            scores[h] = thread < split.rows ? scores[h] * to_log2 : -INFINITY;
+            largest[h] = warp_max(scores[h]);
+            if (thread % WARP == 0) {
+                warp_parts[h * 4 + thread / WARP] = largest[h];
+            }
+        }
+        __syncthreads();
+        Vector<float, GROUP_HEADS> own_weights;
+#pragma unroll
+        for (u32 h = 0; h < GROUP_HEADS; h++) {
+            const Floats<4> parts(warp_parts + h * 4);
+            largest[h] = fmaxf(fmaxf(parts.values[0], parts.values[1]), fmaxf(parts.values[2], parts.values[3]));
+            own_weights.values[h] = exp2f(scores[h] - largest[h]);
+        }
+        store<GROUP_HEADS>(weights + thread * GROUP_HEADS, own_weights);
+        wait_for_copies<0>();
+        __syncthreads();
+#pragma unroll
+        for (u32 h = 0; h < GROUP_HEADS; h++) {
+            const float sum = warp_sum(own_weights.values[h]);
+            if (thread % WARP == 0) {
+                warp_parts[h * 4 + thread / WARP] = sum;
+            }
+        }
+
+        // A thread two columns of every `parts`-th slot, then the parts together.
+        const u32 pairs = dim / 2, parts = SPLIT_SLOTS / pairs, own_column = thread % pairs * 2, own_part = thread / pairs;
+        if (own_part < parts) {
+            float sums[GROUP_HEADS][2] = {};
+            for (u32 row = own_part; row < split.rows; row += parts) {
+                const Vector<T, 2> pair = load<2>(values.at(row, own_column));
+                const float low = to_float(pair.values[0]), high = to_float(pair.values[1]);
+                const Floats<GROUP_HEADS> weight(weights + row * GROUP_HEADS);
+#pragma unroll
+                for (u32 h = 0; h < GROUP_HEADS; h++) {
+                    sums[h][0] += weight.values[h] * low;
+                    sums[h][1] += weight.values[h] * high;
+                }
+            }
+#pragma unroll
+            for (u32 h = 0; h < GROUP_HEADS; h++) {
+                column_sums[(h * parts + own_part) * dim + own_column] = sums[h][0];
+                column_sums[(h * parts + own_part) * dim + own_column + 1] = sums[h][1];
+            }
+        }
+        __syncthreads();
+        const u64 out = split.out + u64(first) * split.head_stride;
+        for (u32 i = thread; i < group_heads * dim; i += blockDim.x) {
+            const u32 h = i / dim, column = i % dim;
+            float sum = 0.0f;
+            for (u32 part = 0; part < parts; part++) {
+                sum += column_sums[(h * parts + part) * dim + column];
+            }
+            partial[(out + u64(h) * split.head_stride) * dim + column] = sum;
+        }
+#pragma unroll
+        for (u32 h = 0; h < GROUP_HEADS; h++) {
+            if (thread == h && h < group_heads) {
+                const Floats<4> sums(warp_parts + h * 4);
+                float* stats = partial_stats + (out + u64(h) * split.head_stride) * 2;
+                stats[0] = largest[h];
+                stats[1] = (sums.values[0] + sums.values[1]) + (sums.values[2] + sums.values[3]);
+            }
+        }
+        __syncthreads();
     }
 }
 
@@ -69,118 +189,29 @@ __device__ void decode_attention(const T* qkv, const T* key_cache, const T* valu
     SHARED_ARRAY(float, weights, GROUP_HEADS * SPLIT_SLOTS);
     SHARED_ARRAY(float, column_sums, GROUP_HEADS * 2 * SPLIT_SLOTS);
     SHARED_ARRAY(float, warp_parts, GROUP_HEADS * 4);
-    const u32 split = blockIdx.x, kv_head = blockIdx.y, entry = blockIdx.z, splits = gridDim.x;
+    const Scratch scratch{queries, weights, column_sums, warp_parts};
+    const u32 kv_head = blockIdx.y, entry = blockIdx.z, first_slot = blockIdx.x * SPLIT_SLOTS;
     const u32 token = tokens[entry], sequence = token_sequences[token];
     const u32 count = slots_seen(positions, capacities, token, sequence);
-    if (split * SPLIT_SLOTS >= count) {
+    if (first_slot >= count) {
         return;
     }
-    const u32 dim = heads.head_dim, group = heads.group_size(), thread = threadIdx.x;
-    const u32 rows = min(SPLIT_SLOTS, count - split * SPLIT_SLOTS);
+    const u32 dim = heads.head_dim, group = heads.group_size(), first_head = kv_head * group;
+    const Split split{min(SPLIT_SLOTS, count - first_slot),
+                      (u64(entry) * heads.num_heads + first_head) * gridDim.x + blockIdx.x, gridDim.x};
+    const T* query = qkv + u64(token) * heads.qkv_width() + first_head * dim;
     const u32* blocks = block_tables + u64(sequence) * max_blocks;
-    const auto slot = cache_slot(key_cache, value_cache, blocks, split * SPLIT_SLOTS, heads);
+    const auto slot = cache_slot(key_cache, value_cache, blocks, first_slot, heads);
+    const SlotRows<T, false> keys{slot.keys + u64(kv_head) * slot.head_stride, dim};
+    const SlotRows<T, false> values{slot.values + u64(kv_head) * slot.head_stride, dim};
     const u32 row_bytes = dim * sizeof(T);
-    SlotRows<T> keys{slot.keys + kv_head * slot.head_stride, dim, false};
-    SlotRows<T> values{slot.values + kv_head * slot.head_stride, dim, false};
     if (row_bytes == 128 || row_bytes == 256) {
-        T* shared_keys = reinterpret_cast<T*>(shared);
-        T* shared_values = shared_keys + SPLIT_SLOTS * dim;
-        SlotRows<T>::begin_copy(shared_keys, keys.values, dim, rows);
-        commit_copies();
-        SlotRows<T>::begin_copy(shared_values, values.values, dim, rows);
-        commit_copies();
-        keys = {shared_keys, dim, true};
-        values = {shared_values, dim, true};
-    }
-
-    for (u32 first_head = 0; first_head < group; first_head += GROUP_HEADS) {
-        const u32 group_heads = min(GROUP_HEADS, group - first_head);
-        const u32 head = kv_head * group + first_head;
-        const T* query = qkv + u64(token) * heads.qkv_width() + head * dim;
-        for (u32 i = thread; i < GROUP_HEADS * dim; i += blockDim.x) {
-            queries[i] = i < group_heads * dim ? to_float(query[i]) : 0.0f;
-        }
-        wait_for_copies<1>();
-        __syncthreads();
-
-        // A thread a slot.
-        float scores[GROUP_HEADS] = {};
-        if (thread < rows) {
-            if (in_vectors(keys.values, dim)) {
-                slot_scores<T, WIDEST<T>>(keys, thread, queries, scores);
-            } else {
-                slot_scores<T, 1>(keys, thread, queries, scores);
-            }
-        }
-        float largest[GROUP_HEADS];
-#pragma unroll
-        for (u32 h = 0; h < GROUP_HEADS; h++) {
-            scores[h] = thread < rows ? scores[h] * scale * LOG2_E : -INFINITY;
-            largest[h] = warp_max(scores[h]);
-            if (thread % WARP == 0) {
-                warp_parts[h * 4 + thread / WARP] = largest[h];
-            }
-        }
-        __syncthreads();
-#pragma unroll
-        for (u32 h = 0; h < GROUP_HEADS; h++) {
-            const float* parts = warp_parts + h * 4;
-            largest[h] = fmaxf(fmaxf(parts[0], parts[1]), fmaxf(parts[2], parts[3]));
-            scores[h] = exp2f(scores[h] - largest[h]);
-            weights[h * SPLIT_SLOTS + thread] = scores[h];
-        }
-        wait_for_copies<0>();
-        __syncthreads();
-#pragma unroll
-        for (u32 h = 0; h < GROUP_HEADS; h++) {
-            const float sum = warp_sum(scores[h]);
-            if (thread % WARP == 0) {
-                warp_parts[h * 4 + thread / WARP] = sum;
-            }
-        }
-
-        // A thread two columns of every `parts`-th slot, then the parts together.
-        const u32 pairs = dim / 2, parts = SPLIT_SLOTS / pairs, column = thread % pairs * 2, part = thread / pairs;
-        if (part < parts) {
-            float sums[GROUP_HEADS][2] = {};
-            for (u32 row = part; row < rows; row += parts) {
-                const Vector<T, 2> pair = load<2>(values.at(row, column));
-                const float low = to_float(pair.values[0]), high = to_float(pair.values[1]);
-#pragma unroll
-                for (u32 h = 0; h < GROUP_HEADS; h++) {
-                    const float weight = weights[h * SPLIT_SLOTS + row];
-                    sums[h][0] += weight * low;
-                    sums[h][1] += weight * high;
-                }
-            }
-#pragma unroll
-            for (u32 h = 0; h < GROUP_HEADS; h++) {
-                column_sums[(h * parts + part) * dim + column] = sums[h][0];
-                column_sums[(h * parts + part) * dim + column + 1] = sums[h][1];
-            }
-        }
-        __syncthreads();
-        const u64 out = (u64(entry) * heads.num_heads + head) * splits + split;
-        for (u32 i = thread; i < group_heads * dim; i += blockDim.x) {
-            const u32 h = i / dim, column = i % dim;
-            float sum = 0.0f;
-            for (u32 part = 0; part < parts; part++) {
-                sum += column_sums[(h * parts + part) * dim + column];
-            }
-            partial[(out + u64(h) * splits) * dim + column] = sum;
-        }
-        if (thread < group_heads) {
-            const float* sums = warp_parts + thread * 4;
-            float base = largest[0];
-#pragma unroll
-            for (u32 h = 1; h < GROUP_HEADS; h++) {
-                base = thread == h ? largest[h] : base;
-            }
-            float* stats = partial_stats + (out + u64(thread) * splits) * 2;
-            stats[0] = base;
-            stats[1] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-        }
-        __syncthreads();
+        T* staged = reinterpret_cast<T*>(shared);
+        const auto staged_keys = keys.stage(staged, split.rows);
+        const auto staged_values = values.stage(staged + SPLIT_SLOTS * dim, split.rows);
+        attend_split(query, staged_keys, staged_values, split, group, scale * LOG2_E, scratch, partial, partial_stats);
+    } else {
+        attend_split(query, keys, values, split, group, scale * LOG2_E, scratch, partial, partial_stats);
     }
 }
 

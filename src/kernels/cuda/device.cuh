@@ -12,7 +12,7 @@
 #include <cuda_fp16.h>
 #include "ptx.cuh"
 
-#define SHARED_ARRAY(type, name, count) __shared__ type name[count]
+#define SHARED_ARRAY(type, name, count) __shared__ __align__(16) type name[count]
 // One name for all kernels: CUDA gives every `extern __shared__` array the same address.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define CHECK_ALIGNED(pointer, bytes)
@@ -66,6 +66,23 @@ template <u32 LEN, typename T> __device__ __forceinline__ void store(T* to, cons
     CHECK_ALIGNED(to, LEN * sizeof(T));
     *reinterpret_cast<Vector<T, LEN>*>(to) = vector;
 }
+
+// `LEN` floats, in loads of 16 bytes where they make whole ones.
+template <u32 LEN> struct Floats {
+    float values[LEN];
+
+    __device__ __forceinline__ explicit Floats(const float* from) {
+        constexpr u32 PIECE = LEN % 4 == 0 ? 4 : 1;
+#pragma unroll
+        for (u32 i = 0; i < LEN; i += PIECE) {
+            const Vector<float, PIECE> piece = load<PIECE>(from + i);
+#pragma unroll
+            for (u32 j = 0; j < PIECE; j++) {
+                values[i + j] = piece.values[j];
+            }
+        }
+    }
+};
 
 // Whether rows of `width` values that begin at `pointer` can be read in vectors of 16 bytes.
 template <typename T> __device__ __forceinline__ bool in_vectors(const T* pointer, u32 width) {

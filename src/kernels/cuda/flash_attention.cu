@@ -34,14 +34,15 @@ template <typename T, u32 D> struct SharedTile {
     }
 };
 
-// The softmax of a thread's two query rows as far as keys were seen, in powers of two.
+// The softmax of a thread's two query rows as far as keys were seen, in powers of two. The scale is above 0.
 struct RunningSoftmax {
     float largest[2] = {-INFINITY, -INFINITY};
     // Of the columns that this thread holds; the quad's sum is the row's.
     float total[2] = {0.0f, 0.0f};
 
-    // Turns `scores`, in units of log₂, into weights; returns what the sums so far are to be multiplied by.
-    template <u32 COLUMNS> __device__ __forceinline__ void update(float (&scores)[COLUMNS][4], float (&corrections)[2]) {
+    // Turns `scores`, which `to_log2` scales, into weights; gives what the sums so far are to be multiplied by.
+    template <u32 COLUMNS>
+    __device__ __forceinline__ void update(float (&scores)[COLUMNS][4], float to_log2, float (&corrections)[2]) {
 #pragma unroll
         for (u32 half = 0; half < 2; half++) {
             float larger = largest[half];
@@ -52,14 +53,14 @@ struct RunningSoftmax {
             larger = fmaxf(larger, __shfl_xor_sync(ALL_LANES, larger, 1));
             larger = fmaxf(larger, __shfl_xor_sync(ALL_LANES, larger, 2));
             // Until a query has seen a key there is no largest score to subtract.
-            const float base = larger == -INFINITY ? 0.0f : larger;
-            corrections[half] = exp2_fast(largest[half] - base);
+            const float base = larger == -INFINITY ? 0.0f : larger * to_log2;
+            corrections[half] = exp2_fast(largest[half] * to_log2 - base);
             largest[half] = larger;
             float sum = 0.0f;
 #pragma unroll
             for (u32 n = 0; n < COLUMNS; n++) {
-                sum += scores[n][2 * half] = exp2_fast(scores[n][2 * half] - base);
-                sum += scores[n][2 * half + 1] = exp2_fast(scores[n][2 * half + 1] - base);
+                sum += scores[n][2 * half] = exp2_fast(scores[n][2 * half] * to_log2 - base);
+                sum += scores[n][2 * half + 1] = exp2_fast(scores[n][2 * half + 1] * to_log2 - base);
             }
             total[half] = total[half] * corrections[half] + sum;
         }
@@ -135,16 +136,18 @@ __device__ void flash_attention(const T* qkv, T* context, const u32* tiles, Head
 
         // All 64 queries see all 64 keys of a tile that is neither on the diagonal nor across the window's edge.
         const bool all_seen = block + TILE_KEYS <= tile.first + 1 && first_key(tile.first + TILE_QUERIES - 1, window) <= block;
+        if (!all_seen) {
 #pragma unroll
-        for (u32 n = 0; n < KEY_COLUMNS; n++) {
+            for (u32 n = 0; n < KEY_COLUMNS; n++) {
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                const u32 query = first_row + i / 2 * 8, key = block + n * 8 + lane % 4 * 2 + i % 2;
-                scores[n][i] = all_seen || sees(query, key, window) ? scores[n][i] * to_log2 : -INFINITY;
+                for (u32 i = 0; i < 4; i++) {
+                    const u32 query = first_row + i / 2 * 8, key = block + n * 8 + lane % 4 * 2 + i % 2;
+                    scores[n][i] = sees(query, key, window) ? scores[n][i] : -INFINITY;
+                }
             }
         }
         float corrections[2];
-        softmax.update(scores, corrections);
+        softmax.update(scores, to_log2, corrections);
 #pragma unroll
         for (u32 n = 0; n < OUT_COLUMNS; n++) {
 #pragma unroll

@@ -43,10 +43,11 @@ __device__ void norm_row(T* x, T* y, const float* weight, float eps, u32 width) 
 
     const float scale = 1.0f / sqrtf(block_sum(squares, partial) / float(width) + eps);
     const auto give = [&](u32 column, const Vector<T, LEN>& values) {
+        const Floats<LEN> weights(weight + column);
         Vector<T, LEN> normed;
 #pragma unroll
         for (u32 i = 0; i < LEN; i++) {
-            normed.values[i] = from_float<T>(to_float(values.values[i]) * scale * weight[column + i]);
+            normed.values[i] = from_float<T>(to_float(values.values[i]) * scale * weights.values[i]);
         }
         store<LEN>(y + column, normed);
     };

@@ -4,12 +4,12 @@
 
 // Rotates `LEN` pairs of one head: `x1[i]` and `x2[i]`, half a head apart, become x1·cos − x2·sin and x2·cos + x1·sin.
 template <typename T, u32 LEN>
-__device__ __forceinline__ void rotate(Vector<T, LEN>& first, Vector<T, LEN>& second, const float* cos, const float* sin) {
+__device__ __forceinline__ void rotate(Vector<T, LEN>& first, Vector<T, LEN>& second, Floats<LEN> cos, Floats<LEN> sin) {
 #pragma unroll
     for (u32 i = 0; i < LEN; i++) {
         const float x1 = to_float(first.values[i]), x2 = to_float(second.values[i]);
-        first.values[i] = from_float<T>(x1 * cos[i] - x2 * sin[i]);
-        second.values[i] = from_float<T>(x2 * cos[i] + x1 * sin[i]);
+        first.values[i] = from_float<T>(x1 * cos.values[i] - x2 * sin.values[i]);
+        second.values[i] = from_float<T>(x2 * cos.values[i] + x1 * sin.values[i]);
     }
 }
 
@@ -22,7 +22,7 @@ __device__ void rotate_token(T* qkv, const float* cos, const float* sin, Heads h
         const u32 head = item / pieces, i = item % pieces * LEN;
         T* x = qkv + head * heads.head_dim + i;
         Vector<T, LEN> first = load<LEN>(x), second = load<LEN>(x + half);
-        rotate(first, second, cos + i, sin + i);
+        rotate(first, second, Floats<LEN>(cos + i), Floats<LEN>(sin + i));
         store<LEN>(x, first);
         store<LEN>(x + half, second);
         if (slot.keys != nullptr && head >= heads.num_heads) {
