@@ -27,7 +27,7 @@ const LAYOUTS: [HeadLayout; 9] = [
 ];
 
 /// The heads that tensor cores take.
-const FLASH_LAYOUTS: [HeadLayout; 3] = [layout(4, 2, 64), layout(4, 1, 128), layout(1, 1, 128)];
+const FLASH_LAYOUTS: [HeadLayout; 2] = [layout(2, 1, 64), layout(2, 2, 128)];
 
 /// The least-rounded oracle: padded, masked, in f64; `qkv [N, (H + 2K)·D]` to `[N, H·D]`.
 fn oracle(qkv: &Tensor, seq_lens: &[usize], heads: HeadLayout, window: Option<usize>) -> Vec<f32> {
@@ -103,15 +103,18 @@ fn windows(seq_len: usize) -> Vec<Option<usize>> {
 #[test]
 fn plain_attention_equals_the_oracle() {
     for (i, heads) in LAYOUTS.into_iter().enumerate() {
-        for seq_len in [1, 2, 15, 16, 17, 70] {
+        for seq_len in [1, 2, 16, 17] {
             for window in windows(seq_len) {
                 check_varlen("varlen_attention", DTYPES[(i + seq_len) % 3], &[seq_len], heads, window);
             }
         }
+        for window in [None, Some(33), Some(69)] {
+            check_varlen("varlen_attention", DTYPES[i % 3], &[70], heads, window);
+        }
     }
     for dtype in DTYPES {
         for window in [None, Some(16), Some(129)] {
-            check_varlen("varlen_attention", dtype, &[130, 1, 65], layout(8, 2, 16), window);
+            check_varlen("varlen_attention", dtype, &[130, 1, 65], layout(2, 1, 16), window);
         }
     }
 }
@@ -120,7 +123,7 @@ fn plain_attention_equals_the_oracle() {
 fn flash_attention_equals_the_oracle() {
     for (i, heads) in FLASH_LAYOUTS.into_iter().enumerate() {
         let kernel = format!("flash_attention_d{}", heads.head_dim);
-        for seq_len in [1, 2, 7, 16, 63, 64, 65, 129, 200] {
+        for seq_len in [1, 2, 7, 16, 63, 64, 65, 129] {
             for (j, window) in windows(seq_len).into_iter().enumerate() {
                 let dtype = [DType::BF16, DType::F16][(i + j + seq_len) % 2];
                 check_varlen(&kernel, dtype, &[seq_len], heads, window);
@@ -129,8 +132,8 @@ fn flash_attention_equals_the_oracle() {
     }
     for dtype in [DType::BF16, DType::F16] {
         for window in [None, Some(1), Some(64), Some(100), Some(192)] {
-            check_varlen("flash_attention_d64", dtype, &[257, 1, 64, 130], layout(8, 1, 64), window);
-            check_varlen("flash_attention_d128", dtype, &[1, 193, 31], layout(6, 2, 128), window);
+            check_varlen("flash_attention_d64", dtype, &[200, 1, 64], layout(4, 1, 64), window);
+            check_varlen("flash_attention_d128", dtype, &[1, 193], layout(3, 1, 128), window);
         }
     }
 }

@@ -116,7 +116,7 @@ fn silu_mul_equals_the_oracle() {
         let gate_up = Buffer::floats(&[-1000.0, -88.0, 0.0, 88.0, 1000.0, 1.0, 1.0, 1.0, 1.0, 1.0], dtype);
         let gated = Buffer::new(5, dtype);
         launch(&named("silu_mul", dtype), (1, 1, 1), 256, 0, &[(&gate_up).into(), (&gated).into(), Arg::U32(5)], 1);
-        assert_eq!(gated.to_f32(), [0.0, 0.0, 0.0, 88.0, 1000.0]);
+        assert!(distance(&gated.to_f32(), &[0.0, 0.0, 0.0, 88.0, 1000.0]) < 1e-6);
     }
 }
 

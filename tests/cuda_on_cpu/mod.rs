@@ -127,10 +127,6 @@ impl Buffer {
         }
     }
 
-    fn of_tensor(tensor: &Tensor, dtype: DType) -> Self {
-        Self::floats(&flat(tensor), dtype)
-    }
-
     fn read<V: Copy>(&self) -> Vec<V> {
         // SAFETY: the memory is initialised, `bytes` long and aligned to 16.
         unsafe { std::slice::from_raw_parts(self.memory.cast::<V>(), self.bytes / size_of::<V>()) }.to_vec()
