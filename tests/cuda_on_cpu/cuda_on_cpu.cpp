@@ -98,6 +98,14 @@ struct Copy {
     void* to;
     const void* from;
     bool valid;
+
+    void arrive() const {
+        if (valid) {
+            std::memcpy(to, from, 16);
+        } else {
+            std::memset(to, 0, 16);
+        }
+    }
 };
 
 struct Thread {
@@ -114,7 +122,7 @@ struct Thread {
 struct Random {
     uint64_t state;
 
-    explicit Random(uint64_t seed) : state(seed * 0x9e3779b97f4a7c15 | 1) {}
+    explicit Random(uint64_t seed = 0) : state(seed * 0x9e3779b97f4a7c15 | 1) {}
     unsigned below(unsigned end) {
         state ^= state << 13;
         state ^= state >> 7;
@@ -135,6 +143,7 @@ struct Machine {
     unsigned met[32] = {};
     bool said = false, answer = false;
     const std::function<void()>* body = nullptr;
+    Random random;
     GuardedBytes dynamic{MOST_DYNAMIC_BYTES}, statics{MOST_STATIC_BYTES};
     size_t dynamic_bytes = 0, static_bytes = 0;
     std::unordered_map<const void*, unsigned char*> static_arrays;
@@ -235,7 +244,7 @@ void poison_shared(size_t dynamic_bytes) {
     std::memset(machine->dynamic.start + machine->dynamic.bytes - dynamic_bytes, 0xff, dynamic_bytes);
 }
 
-void run_block(const Launch& launch, Index3 block, Random& random) {
+void run_block(const Launch& launch, Index3 block) {
     const auto [x, y, z] = launch.block;
     const unsigned num_threads = machine->num_threads = x * y * z;
     machine->threads.resize(std::max<size_t>(machine->threads.size(), num_threads));
@@ -258,7 +267,7 @@ void run_block(const Launch& launch, Index3 block, Random& random) {
     machine->done = machine->at_barrier = 0;
     while (machine->done < num_threads) {
         while (!runnable.empty()) {
-            std::swap(runnable[random.below(runnable.size())], runnable.back());
+            std::swap(runnable[machine->random.below(runnable.size())], runnable.back());
             machine->current = &machine->threads[runnable.back()];
             runnable.pop_back();
             Context::go(machine->scheduler, machine->current->context);
@@ -340,7 +349,12 @@ unsigned char* dynamic_shared() {
 void copy_async(void* to, const void* from, bool valid) {
     check_aligned(to, 16);
     check_aligned(from, 16);
-    machine->current->uncommitted.push_back({to, from, valid});
+    const Copy copy{to, from, valid};
+    if (machine->random.below(2) == 0) {
+        copy.arrive();
+    } else {
+        machine->current->uncommitted.push_back(copy);
+    }
 }
 
 void commit_copies() {
@@ -352,11 +366,7 @@ void wait_for_copies(int pending) {
     auto& groups = machine->current->groups;
     while (groups.size() > size_t(pending)) {
         for (const Copy& copy : groups.front()) {
-            if (copy.valid) {
-                std::memcpy(copy.to, copy.from, 16);
-            } else {
-                std::memset(copy.to, 0, 16);
-            }
+            copy.arrive();
         }
         groups.erase(groups.begin());
     }
@@ -388,12 +398,12 @@ void run(const char* name, const Launch& launch, const std::function<void()>& bo
         own_machine = std::make_unique<Machine>();
         machine = own_machine.get();
     }
-    Random random(launch.seed);
+    machine->random = Random(launch.seed);
     machine->body = &body;
     for (unsigned z = 0; z < launch.grid.z; z++) {
         for (unsigned y = 0; y < launch.grid.y; y++) {
             for (unsigned x = 0; x < launch.grid.x; x++) {
-                run_block(launch, {x, y, z}, random);
+                run_block(launch, {x, y, z});
             }
         }
     }

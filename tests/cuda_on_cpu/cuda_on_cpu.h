@@ -3,8 +3,8 @@
 // A block's threads are coroutines of one OS thread that give way at barriers and wherever a warp acts as one (shuffles,
 // matrix fragments, tensor cores), in an order that a seed decides. Checked on the way: barriers that not
 // all threads reach, lanes of a warp that meet at different instructions, addresses that are not aligned as the device wants
-// them, accesses beyond the dynamic shared memory. Shared memory begins as NaN, and asynchronous copies arrive only
-// when they are waited for.
+// them, accesses beyond the dynamic shared memory. Shared memory begins as NaN. An asynchronous copy
+// arrives at once or, by chance, only when it is waited for.
 //
 // Not shown: races between threads that no order of whole stretches between barriers brings out, memory ordering, speed,
 // occupancy, and the device's own rounding of sums inside an `mma`.

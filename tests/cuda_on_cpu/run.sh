@@ -29,9 +29,11 @@ nm -g --defined-only "${objects[@]}" | awk 'NF == 3 { print $3 }' | sort -u > "$
 } > "$dir/unknown.cpp"
 # All in one library; the others by name only, as the binary asks for them.
 "$cxx" -std=c++17 -shared -fPIC -Wl,-soname,libcuda.so.1 -o "$dir/libcuda.so.1" "${objects[@]}" "$dir/unknown.cpp"
+: > "$dir/empty.cpp"
 readelf -d "$binary" | sed -n 's/.*(NEEDED).*\[\(lib\(cu[a-zA-Z]*\|nvrtc\)\.so[.0-9]*\)\]/\1/p' | while read -r library; do
   if [ "$library" != libcuda.so.1 ]; then
-    "$cxx" -shared -fPIC -Wl,-soname,"$library" -o "$dir/$library" -x c++ /dev/null "$dir/libcuda.so.1"
+    echo "\"$library\" {};" > "$dir/versions" # the name that NVIDIA gives its symbols' version
+    "$cxx" -shared -fPIC -Wl,-soname,"$library" -Wl,--version-script="$dir/versions" -o "$dir/$library" "$dir/empty.cpp" "$dir/libcuda.so.1"
   fi
 done
 echo "$(wc -l < "$dir/imported") functions imported, $(comm -23 "$dir/imported" "$dir/defined" | wc -l) of them only by name"
