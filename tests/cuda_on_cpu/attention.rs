@@ -65,7 +65,14 @@ fn tiles(seq_lens: &[usize]) -> Vec<u32> {
 }
 
 /// A kernel over fresh sequences; `[N, H·D]`.
-fn varlen(kernel: &str, qkv: &Buffer, seq_lens: &[usize], heads: HeadLayout, window: Option<usize>, seed: u64) -> Vec<f32> {
+fn varlen(
+    kernel: &str,
+    qkv: &Buffer,
+    seq_lens: &[usize],
+    heads: HeadLayout,
+    window: Option<usize>,
+    seed: u64,
+) -> Vec<f32> {
     let tokens: usize = seq_lens.iter().sum();
     let context = Buffer::new(tokens * heads.query_width(), qkv.dtype);
     let tiles = Buffer::u32(&tiles(seq_lens));
@@ -74,7 +81,9 @@ fn varlen(kernel: &str, qkv: &Buffer, seq_lens: &[usize], heads: HeadLayout, win
         _ => 5 * TILE_QUERIES * heads.head_dim * 2,
     };
     let mut args = vec![qkv.into(), (&context).into(), (&tiles).into()];
-    args.extend([heads.num_heads, heads.num_kv_heads, heads.head_dim, window.unwrap_or(u32::MAX as usize)].map(Arg::U32));
+    args.extend(
+        [heads.num_heads, heads.num_kv_heads, heads.head_dim, window.unwrap_or(u32::MAX as usize)].map(Arg::U32),
+    );
     args.push(Arg::F32(1.0 / (heads.head_dim as f64).sqrt()));
     let grid = (tiles.bytes / 16, heads.num_heads, 1);
     launch(&named(kernel, qkv.dtype), grid, 128, shared_bytes, &args, seed);
@@ -169,8 +178,10 @@ fn sequences_that_are_not_listed_stay_and_not_a_number_stays_in_its_sequence() {
         values[70 * width..100 * width].fill(f32::NAN);
         let qkv = Buffer::floats(&values, dtype);
         let found = varlen(kernel, &qkv, &[70, 30, 100], heads, None, 1);
-        let is_nan = |token: usize| found[token * heads.query_width()..][..heads.query_width()].iter().all(|x| x.is_nan());
-        let is_finite = |token: usize| found[token * heads.query_width()..][..heads.query_width()].iter().all(|x| x.is_finite());
+        let is_nan =
+            |token: usize| found[token * heads.query_width()..][..heads.query_width()].iter().all(|x| x.is_nan());
+        let is_finite =
+            |token: usize| found[token * heads.query_width()..][..heads.query_width()].iter().all(|x| x.is_finite());
         assert!((0..70).chain(100..200).all(is_finite), "{kernel}");
         assert!((70..100).all(is_nan), "{kernel}");
     }
@@ -235,13 +246,23 @@ impl Cache {
         let [positions, sequences, ends] = [positions, sequences, ends].map(Buffer::u32);
         let mut args = vec![qkv.into(), (&positions).into(), (&cos).into(), (&sin).into()];
         args.extend([heads.num_heads, heads.num_kv_heads, heads.head_dim].map(Arg::U32));
-        args.extend([&self.keys, &self.values, &sequences, &self.block_tables, &self.capacities, &ends].map(Arg::Buffer));
+        args.extend(
+            [&self.keys, &self.values, &sequences, &self.block_tables, &self.capacities, &ends].map(Arg::Buffer),
+        );
         args.push(Arg::U32(self.max_blocks));
         launch(&named("rotary_cache_write", dtype), (positions.bytes / 4, 1, 1), 128, 0, &args, 7);
     }
 
     /// The context of the `tokens` of `qkv [N, …]`, other rows being NaN: `[N, H·D]`.
-    fn attend(&self, qkv: &Buffer, tokens: &[u32], positions: &[u32], sequences: &[u32], splits: usize, seed: u64) -> Vec<f32> {
+    fn attend(
+        &self,
+        qkv: &Buffer,
+        tokens: &[u32],
+        positions: &[u32],
+        sequences: &[u32],
+        splits: usize,
+        seed: u64,
+    ) -> Vec<f32> {
         let (heads, dtype) = (self.heads, self.keys.dtype);
         let [tokens, positions, sequences] = [tokens, positions, sequences].map(Buffer::u32);
         let (entries, rows) = (tokens.bytes / 4, positions.bytes / 4);
@@ -250,7 +271,15 @@ impl Cache {
         let context = Buffer::new(rows * heads.query_width(), dtype);
         let mut args = vec![qkv.into()];
         let buffers = [
-            &self.keys, &self.values, &partial, &stats, &tokens, &positions, &sequences, &self.block_tables, &self.capacities,
+            &self.keys,
+            &self.values,
+            &partial,
+            &stats,
+            &tokens,
+            &positions,
+            &sequences,
+            &self.block_tables,
+            &self.capacities,
         ];
         args.extend(buffers.map(Arg::Buffer));
         args.extend([self.max_blocks, heads.num_heads, heads.num_kv_heads, heads.head_dim].map(Arg::U32));
@@ -282,8 +311,10 @@ fn check_decode(dtype: DType, heads: HeadLayout, window: Option<usize>, lens: &[
         }
     }
     for step in steps.into_iter().filter(|step| !step.is_empty()) {
-        let qkv: Vec<f32> =
-            step.iter().flat_map(|&(sequence, position)| tokens[sequence][position * width..][..width].to_vec()).collect();
+        let qkv: Vec<f32> = step
+            .iter()
+            .flat_map(|&(sequence, position)| tokens[sequence][position * width..][..width].to_vec())
+            .collect();
         let mut ends = vec![0; lens.len()];
         step.iter().for_each(|&(sequence, position)| ends[sequence] = position as u32 + 1);
         let (sequences, positions): (Vec<_>, Vec<_>) = step.iter().map(|&(s, p)| (s as u32, p as u32)).unzip();
@@ -348,7 +379,8 @@ fn a_cached_sequence_is_the_same_alone_and_in_a_batch_and_a_row_without_slots_is
         let row = heads.query_width();
         assert_eq!(together[..row], alone[..row], "whatever the company and the number of splits");
         assert!(together[row..2 * row].iter().all(|&x| x == 0.0));
-        let value = |head: usize| new[2 * width + heads.query_width() + heads.kv_width() + head / 2 * 64..][..64].to_vec();
+        let value =
+            |head: usize| new[2 * width + heads.query_width() + heads.kv_width() + head / 2 * 64..][..64].to_vec();
         let own: Vec<f32> = (0..4).flat_map(value).collect();
         assert_eq!(together[2 * row..], Buffer::floats(&own, dtype).to_f32(), "one key: its own value");
     }

@@ -18,7 +18,9 @@ fn rows_are_gathered_and_no_token_is_zero() {
             let source = source.to_f32();
             let expected: Vec<f32> = ids
                 .iter()
-                .flat_map(|&id| if id == u32::MAX { vec![0.0; width] } else { source[id as usize * width..][..width].to_vec() })
+                .flat_map(|&id| {
+                    if id == u32::MAX { vec![0.0; width] } else { source[id as usize * width..][..width].to_vec() }
+                })
                 .collect();
             assert_eq!(out.to_f32(), expected, "{dtype:?} {width}");
         }
@@ -29,7 +31,20 @@ fn rows_are_gathered_and_no_token_is_zero() {
 fn casts_round_to_nearest_even() {
     let mut values = random(5000, 300.0, 2);
     values.extend(random(500, 1e-6, 3)); // subnormal in f16
-    values.extend([0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, 65504.0, 65519.0, 65520.0, 1e38, 3.4e38, 6.1e-5, 5.96e-8, 2.98e-8]);
+    values.extend([
+        0.0,
+        -0.0,
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        65504.0,
+        65519.0,
+        65520.0,
+        1e38,
+        3.4e38,
+        6.1e-5,
+        5.96e-8,
+        2.98e-8,
+    ]);
     values.extend([1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, 1.0 + 1.0 / 2048.0, 1.0 + 3.0 / 2048.0]);
     let x = Buffer::floats(&values, DType::F32);
     let grid = (values.len().div_ceil(2048), 1, 1);
@@ -134,7 +149,8 @@ fn rotary_equals_the_oracle_and_values_stay() {
         let (width, half) = (heads.qkv_width(), heads.head_dim / 2);
         let qkv = Buffer::floats(&random(5 * width, 2.0, 9), dtype);
         let positions = [3u32, 0, 1, 7, 3];
-        let tables = [random(8 * half, 1.0, 10), random(8 * half, 1.0, 11)].map(|table| Buffer::floats(&table, DType::F32));
+        let tables =
+            [random(8 * half, 1.0, 10), random(8 * half, 1.0, 11)].map(|table| Buffer::floats(&table, DType::F32));
         let of_tokens = |table: &Buffer| {
             let rows = Tensor::new(&positions, &Device::Cpu).unwrap();
             table.tensor((8, half)).index_select(&rows, 0).unwrap()

@@ -55,10 +55,15 @@ fn build() -> PathBuf {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     let mut hasher = DefaultHasher::new();
     compiler.hash(&mut hasher);
-    let mut sources: Vec<_> =
-        [&tests, &kernels].into_iter().flat_map(|dir| dir.read_dir().unwrap()).map(|file| file.unwrap().path()).collect();
+    let mut sources: Vec<_> = [&tests, &kernels]
+        .into_iter()
+        .flat_map(|dir| dir.read_dir().unwrap())
+        .map(|file| file.unwrap().path())
+        .collect();
     sources.sort();
-    for source in sources.iter().filter(|path| path.is_file() && path.extension().is_none_or(|extension| extension != "rs")) {
+    for source in
+        sources.iter().filter(|path| path.is_file() && path.extension().is_none_or(|extension| extension != "rs"))
+    {
         source.hash(&mut hasher);
         std::fs::read(source).unwrap().hash(&mut hasher);
     }
@@ -75,7 +80,9 @@ fn build() -> PathBuf {
         .args([tests.join("cuda_on_cpu.cpp"), tests.join("kernels.cpp")])
         .output()
         .unwrap_or_else(|error| {
-            panic!("the CUDA kernels are tested on the CPU, which needs a C++17 compiler: '{compiler}' (or $CXX): {error}")
+            panic!(
+                "the CUDA kernels are tested on the CPU, which needs a C++17 compiler: '{compiler}' (or $CXX): {error}"
+            )
         });
     assert!(output.status.success(), "{compiler}: {}", String::from_utf8_lossy(&output.stderr));
     std::fs::rename(unfinished, &library).unwrap();

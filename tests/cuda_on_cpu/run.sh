@@ -32,7 +32,7 @@ nm -g --defined-only "${objects[@]}" | awk 'NF == 3 { print $3 }' | sort -u > "$
 : > "$dir/empty.cpp"
 readelf -d "$binary" | sed -n 's/.*(NEEDED).*\[\(lib\(cu[a-zA-Z]*\|nvrtc\)\.so[.0-9]*\)\]/\1/p' | while read -r library; do
   if [ "$library" != libcuda.so.1 ]; then
-    echo "\"$library\" {};" > "$dir/versions" # the name that NVIDIA gives its symbols' version
+    echo "$library {};" > "$dir/versions" # the name that NVIDIA gives its symbols' version
     "$cxx" -shared -fPIC -Wl,-soname,"$library" -Wl,--version-script="$dir/versions" -o "$dir/$library" "$dir/empty.cpp" "$dir/libcuda.so.1"
   fi
 done
