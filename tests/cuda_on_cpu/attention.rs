@@ -282,11 +282,12 @@ impl Cache {
             &self.capacities,
         ];
         args.extend(buffers.map(Arg::Buffer));
-        args.extend([self.max_blocks, heads.num_heads, heads.num_kv_heads, heads.head_dim].map(Arg::U32));
+        args.extend([self.max_blocks, splits, heads.num_heads, heads.num_kv_heads, heads.head_dim].map(Arg::U32));
         args.push(Arg::F32(1.0 / (heads.head_dim as f64).sqrt()));
         let row_bytes = heads.head_dim * dtype.size_in_bytes();
         let shared_bytes = if [128, 256].contains(&row_bytes) { 2 * SPLIT_SLOTS * row_bytes } else { 0 };
-        let grid = (splits, heads.num_kv_heads, entries);
+        // Blocks may take several splits each.
+        let grid = (if seed % 2 == 0 { splits } else { splits.div_ceil(2) }, heads.num_kv_heads, entries);
         launch(&named("decode_attention", dtype), grid, 128, shared_bytes, &args, seed);
         let mut args: Vec<Arg> =
             [&partial, &stats, &context, &tokens, &positions, &sequences, &self.capacities].map(Arg::Buffer).into();

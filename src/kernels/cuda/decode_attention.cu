@@ -176,42 +176,44 @@ __device__ __forceinline__ void attend_split(const T* query, SlotRows<T, STAGED>
     }
 }
 
-// Grid (splits, K, M), 128 threads, and 256·D·sizeof(T) bytes of dynamic shared memory where D·sizeof(T) is 128 or 256.
+// Grid (1 to splits, K, M), 128 threads, and 256·D·sizeof(T) bytes of dynamic shared memory where D·sizeof(T) is 128 or 256.
 // Writes weighted sums of values relative to the split's largest score to `partial [M, H, splits, D]`, that score (in
 // units of log₂) and the sum of weights to `partial_stats [M, H, splits, 2]`; nothing for splits beyond the row's slots.
+// A block takes every gridDim.x-th split: which block does what changes no result, and a captured step that has to
+// allow for long rows costs short ones no idle blocks.
 template <typename T>
 __device__ void decode_attention(const T* qkv, const T* key_cache, const T* value_cache, float* partial,
                                  float* partial_stats, const u32* tokens, const u32* positions,
                                  const u32* token_sequences, const u32* block_tables, const u32* capacities,
-                                 u32 max_blocks, Heads heads, float scale) {
+                                 u32 max_blocks, u32 num_splits, Heads heads, float scale) {
     DYNAMIC_SHARED(shared);
     SHARED_ARRAY(float, queries, GROUP_HEADS * WIDEST_HEAD);
     SHARED_ARRAY(float, weights, GROUP_HEADS * SPLIT_SLOTS);
     SHARED_ARRAY(float, column_sums, GROUP_HEADS * 2 * SPLIT_SLOTS);
     SHARED_ARRAY(float, warp_parts, GROUP_HEADS * 4);
     const Scratch scratch{queries, weights, column_sums, warp_parts};
-    const u32 kv_head = blockIdx.y, entry = blockIdx.z, first_slot = blockIdx.x * SPLIT_SLOTS;
+    const u32 kv_head = blockIdx.y, entry = blockIdx.z;
     const u32 token = tokens[entry], sequence = token_sequences[token];
     const u32 count = slots_seen(positions, capacities, token, sequence);
-    if (first_slot >= count) {
-        return;
-    }
     const u32 dim = heads.head_dim, group = heads.group_size(), first_head = kv_head * group;
-    const Split split{min(SPLIT_SLOTS, count - first_slot),
-                      (u64(entry) * heads.num_heads + first_head) * gridDim.x + blockIdx.x, gridDim.x};
     const T* query = qkv + u64(token) * heads.qkv_width() + first_head * dim;
     const u32* blocks = block_tables + u64(sequence) * max_blocks;
-    const auto slot = cache_slot(key_cache, value_cache, blocks, first_slot, heads);
-    const SlotRows<T, false> keys{slot.keys + u64(kv_head) * slot.head_stride, dim};
-    const SlotRows<T, false> values{slot.values + u64(kv_head) * slot.head_stride, dim};
     const u32 row_bytes = dim * sizeof(T);
-    if (row_bytes == 128 || row_bytes == 256) {
-        T* staged = reinterpret_cast<T*>(shared);
-        const auto staged_keys = keys.stage(staged, split.rows);
-        const auto staged_values = values.stage(staged + SPLIT_SLOTS * dim, split.rows);
-        attend_split(query, staged_keys, staged_values, split, group, scale * LOG2_E, scratch, partial, partial_stats);
-    } else {
-        attend_split(query, keys, values, split, group, scale * LOG2_E, scratch, partial, partial_stats);
+    for (u32 index = blockIdx.x; index * SPLIT_SLOTS < count; index += gridDim.x) {
+        const u32 first_slot = index * SPLIT_SLOTS;
+        const Split split{min(SPLIT_SLOTS, count - first_slot),
+                          (u64(entry) * heads.num_heads + first_head) * num_splits + index, num_splits};
+        const auto slot = cache_slot(key_cache, value_cache, blocks, first_slot, heads);
+        const SlotRows<T, false> keys{slot.keys + u64(kv_head) * slot.head_stride, dim};
+        const SlotRows<T, false> values{slot.values + u64(kv_head) * slot.head_stride, dim};
+        if (row_bytes == 128 || row_bytes == 256) {
+            T* staged = reinterpret_cast<T*>(shared);
+            const auto staged_keys = keys.stage(staged, split.rows);
+            const auto staged_values = values.stage(staged + SPLIT_SLOTS * dim, split.rows);
+            attend_split(query, staged_keys, staged_values, split, group, scale * LOG2_E, scratch, partial, partial_stats);
+        } else {
+            attend_split(query, keys, values, split, group, scale * LOG2_E, scratch, partial, partial_stats);
+        }
     }
 }
 
@@ -248,9 +250,11 @@ __device__ void decode_combine(const float* partial, const float* partial_stats,
         decode_attention_##suffix(const T* qkv, const T* key_cache, const T* value_cache, float* partial,             \
                                   float* partial_stats, const u32* tokens, const u32* positions,                      \
                                   const u32* token_sequences, const u32* block_tables, const u32* capacities,         \
-                                  u32 max_blocks, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {       \
+                                  u32 max_blocks, u32 num_splits, u32 num_heads, u32 num_kv_heads, u32 head_dim,      \
+                                  float scale) {                                                                      \
         decode_attention(qkv, key_cache, value_cache, partial, partial_stats, tokens, positions, token_sequences,     \
-                         block_tables, capacities, max_blocks, Heads{num_heads, num_kv_heads, head_dim}, scale);      \
+                         block_tables, capacities, max_blocks, num_splits, Heads{num_heads, num_kv_heads, head_dim},  \
+                         scale);                                                                                      \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(128)                                                                 \
         decode_combine_##suffix(const float* partial, const float* partial_stats, T* context, const u32* tokens,      \
