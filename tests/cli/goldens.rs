@@ -28,7 +28,7 @@ fn classify(name: &str, extra: &[&str]) -> (Vec<Value>, arrow::array::RecordBatc
 
 fn close(ours: f32, theirs: &Value, what: &str) {
     let theirs = theirs.as_f64().unwrap();
-    assert!((f64::from(ours) - theirs).abs() < 1e-4, "{what}: {ours}, transformers has {theirs}");
+    assert!((f64::from(ours) - theirs).abs() < tolerance(), "{what}: {ours}, transformers has {theirs}");
 }
 
 #[test]
@@ -114,6 +114,6 @@ fn sample_data_equal_transformers_predictions_and_the_accuracy_is_told() {
     let expected_scores =
         arrow::array::AsArray::as_primitive::<arrow::datatypes::Float32Type>(&expected_scores).clone();
     for (ours, theirs) in floats(&results, "predicted_score").iter().zip(&expected_scores) {
-        assert!((ours.unwrap() - theirs.unwrap()).abs() < 1e-4);
+        assert!(f64::from((ours.unwrap() - theirs.unwrap()).abs()) < tolerance());
     }
 }

@@ -44,7 +44,7 @@ fn numbers(value: &Value) -> Vec<f64> {
 fn all_close(ours: &[f32], theirs: &[f64], what: &str) {
     assert_eq!(ours.len(), theirs.len(), "{what}");
     for (ours, theirs) in ours.iter().zip(theirs) {
-        assert!((f64::from(*ours) - theirs).abs() < 1e-4, "{what}: {ours}, transformers has {theirs}");
+        assert!((f64::from(*ours) - theirs).abs() < tolerance(), "{what}: {ours}, transformers has {theirs}");
     }
 }
 
@@ -187,7 +187,7 @@ fn token_logprobs(batch: &RecordBatch) -> Vec<Option<Vec<(String, u32, f32)>>> {
 
 #[track_caller]
 fn relatively_close(ours: f64, theirs: f64, what: &str) {
-    assert!((ours - theirs).abs() <= 1e-4 * theirs.abs().max(1.0), "{what}: {ours}, transformers has {theirs}");
+    assert!((ours - theirs).abs() <= tolerance() * theirs.abs().max(1.0), "{what}: {ours}, transformers has {theirs}");
 }
 
 #[test]
@@ -343,7 +343,7 @@ fn entities_equal_the_pipelines_for_each_aggregation() {
                 let offsets = (theirs["start"].as_u64().unwrap(), theirs["end"].as_u64().unwrap());
                 assert_eq!((u64::from(*start), u64::from(*end)), offsets, "{aggregation} row {i}");
                 assert_eq!(Some(word.as_str()), theirs["word"].as_str(), "{aggregation} row {i}");
-                assert!((f64::from(*score) - theirs["score"].as_f64().unwrap()).abs() < 1e-4);
+                assert!((f64::from(*score) - theirs["score"].as_f64().unwrap()).abs() < tolerance());
                 compared += 1;
             }
         }
@@ -365,7 +365,7 @@ fn token_labels_equal_the_logits() {
             let logits = numbers(logits);
             let total: f64 = logits.iter().map(|logit| logit.exp()).sum();
             let best = logits.iter().copied().fold(f64::MIN, f64::max).exp() / total;
-            assert!((f64::from(*score) - best).abs() < 1e-4);
+            assert!((f64::from(*score) - best).abs() < tolerance());
         }
     }
 }

@@ -26,14 +26,22 @@ pub fn tickets() -> (String, String) {
 }
 
 /// A command line of the program, in an environment without settings of the machine.
+///
+/// `TEST_PROGRAM` names another build of it to test, or a script that starts one with settings of its own.
 pub fn program(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_mistral-batch"));
+    let built = env!("CARGO_BIN_EXE_mistral-batch");
+    let mut command = Command::new(std::env::var_os("TEST_PROGRAM").unwrap_or_else(|| built.into()));
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("MISTRAL_BATCH_") || name.starts_with("HF_"))
     {
         command.env_remove(name);
     }
     command.args(args);
     command
+}
+
+/// How far a score may be from transformers': `TEST_TOLERANCE`, which other dtypes than f32 need, or 1e-4.
+pub fn tolerance() -> f64 {
+    std::env::var("TEST_TOLERANCE").map_or(1e-4, |tolerance| tolerance.parse().unwrap())
 }
 
 pub fn run(args: &[&str]) -> Output {

@@ -4,8 +4,24 @@
 #
 # Usage: run.sh build DIR BINARY   makes the stand-ins for the libraries that BINARY needs, in DIR
 #        run.sh DIR COMMAND...     runs COMMAND with them
+#        run.sh test DIR BINARY DTYPE [FILTER...]
+#                                  the command line's tests (those of the default build) with BINARY on the device
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
+if [ "${1:-}" = test ]; then
+  dir=$(realpath "${2:?which folder}") binary=$(realpath "${3:?which binary}") dtype=${4:?which dtype}
+  shift 4
+  cat > "$dir/program-$dtype" <<PROGRAM
+#!/bin/sh
+case "\$1" in classify|tag|generate|score|embed) ;; *) exec env LD_LIBRARY_PATH="$dir" "$binary" "\$@" ;; esac
+MISTRAL_BATCH_DEVICE=cuda:0 MISTRAL_BATCH_DTYPE=$dtype LD_LIBRARY_PATH="$dir" exec "$binary" "\$@"
+PROGRAM
+  chmod +x "$dir/program-$dtype"
+  # Scores and sums of log-probabilities at the dtype's precision; f32 as on the CPU.
+  case $dtype in f32) tolerance=1e-4 ;; f16) tolerance=1e-2 ;; *) tolerance=6e-2 ;; esac
+  cd "$here/../.."
+  TEST_PROGRAM="$dir/program-$dtype" TEST_TOLERANCE=$tolerance exec cargo test --release --test cli -- "$@"
+fi
 if [ "${1:-}" != build ]; then
   dir=$(realpath "${1:?usage: run.sh build DIR BINARY | run.sh DIR COMMAND...}")
   shift
