@@ -121,9 +121,9 @@ void drain_all() {
     }
 }
 
-bool any_capturing() {
+bool captures_here() {
     for (const Stream* stream : streams) {
-        if (stream->is_capturing) {
+        if (stream->is_capturing && stream->capturing_thread == std::this_thread::get_id()) {
             return true;
         }
     }
@@ -161,9 +161,9 @@ void unknown(const char* name) { fail("%s is not emulated", name); }
 }  // namespace cuda_on_cpu
 
 #define LOCK const std::lock_guard<std::recursive_mutex> lock(driver_mutex)
-// What the driver refuses while any stream is captured.
-#define NOT_IN_CAPTURE                    \
-    if (any_capturing()) {                \
+// What the driver refuses to a thread that captures a stream (CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).
+#define NOT_IN_CAPTURE                     \
+    if (captures_here()) {                 \
         return STREAM_CAPTURE_UNSUPPORTED; \
     }
 
@@ -454,13 +454,17 @@ EXPORT int cuStreamWaitEvent(void* stream, void* handle, unsigned) {
     }
     return SUCCESS;
 }
-EXPORT int cuStreamBeginCapture_v2(void* handle, int) {
+EXPORT int cuStreamBeginCapture_v2(void* handle, int mode) {
     LOCK;
     Stream* stream = stream_of(handle);
+    if (mode != 1) {
+        fail("capture mode %d is not emulated", mode);
+    }
     if (stream->is_capturing || stream == &default_stream) {
         return STREAM_CAPTURE_UNSUPPORTED;
     }
     stream->is_capturing = true;
+    stream->capturing_thread = std::this_thread::get_id();
     return SUCCESS;
 }
 EXPORT int cuStreamIsCapturing(void* stream, int* status) {

@@ -5,6 +5,7 @@
 #include <deque>
 #include <functional>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 #include "launch.h"
@@ -16,6 +17,7 @@ using Work = std::function<void()>;
 struct Stream {
     std::deque<Work> work;
     bool is_capturing = false;
+    std::thread::id capturing_thread;
     std::deque<Work> captured;
 };
 
