@@ -1,11 +1,14 @@
-//! Prompts in, result columns out, on one device.
+//! Prompts in, result columns out, on one device or on several with a replica of the model each.
 //!
 //! [`Engine::prepare`] tokenizes on all cores; [`Engine::infer`] packs, computes and scatters results back to their
 //! rows. They are apart so that the next window is tokenized while this one is computed.
 
 mod generate;
+mod replicas;
 
 pub use generate::{Generation, Generator, generate_fields};
+pub use replicas::BATCHES_PER_DEVICE;
+use replicas::{Replica, Replicas};
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -40,7 +43,7 @@ pub struct Engine {
 
 /// The two ways to work: a batch at a time, or a token at a time.
 enum Work {
-    Head { model: Arc<MistralModel>, head: Box<dyn Head>, packer: Packer },
+    Head { replicas: Replicas, packer: Packer },
     Generate(Generator),
 }
 
@@ -119,7 +122,7 @@ pub struct InferStats {
     pub truncated_rows: u64,
     pub batches: u64,
     pub padding: Padding,
-    /// Time in model and head.
+    /// Time in model and head; the mean over devices where there are several.
     pub busy: Duration,
 }
 
@@ -142,7 +145,20 @@ impl Engine {
         let model = model.into();
         let pad_token_id = model.config().pad_token_id.unwrap_or(0);
         let packer = Packer::new(max_batch_tokens, pad_token_id);
-        Self { tokenizer, work: Work::Head { model, head, packer }, tokenizing: AtomicU64::default() }
+        let replicas = Replicas::new(Replica { model, head });
+        Self { tokenizer, work: Work::Head { replicas, packer }, tokenizing: AtomicU64::default() }
+    }
+
+    /// The same with one more replica of the model and its head, on a device of its own, that takes its share of the batches.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] for an engine that generates.
+    pub fn with_replica(mut self, model: impl Into<Arc<MistralModel>>, head: Box<dyn Head>) -> Result<Self> {
+        let Work::Head { replicas, .. } = &mut self.work else {
+            return Err(Error::Internal("a generator's replicas have no head".into()));
+        };
+        replicas.add(Replica { model: model.into(), head });
+        Ok(self)
     }
 
     /// An engine that generates.
@@ -153,7 +169,7 @@ impl Engine {
     /// The columns of [`Inferred`], in order.
     pub fn fields(&self) -> Vec<Field> {
         let mut fields = match &self.work {
-            Work::Head { head, .. } => head.fields(),
+            Work::Head { replicas, .. } => replicas.head().fields(),
             Work::Generate(generator) => generator.fields(),
         };
         fields.extend(common_fields());
@@ -188,7 +204,7 @@ impl Engine {
     /// The wall time in seconds of tokenizing, which overlaps with computing, and of each part of the model.
     pub fn profile(&self) -> Vec<(&'static str, f64)> {
         let model = match &self.work {
-            Work::Head { model, .. } => model,
+            Work::Head { replicas, .. } => replicas.model(),
             Work::Generate(generator) => generator.model(),
         };
         let tokenizing = self.tokenizing.load(Ordering::Relaxed) as f64 / 1e9;
@@ -216,7 +232,7 @@ impl Engine {
         observer: &dyn BatchObserver,
     ) -> Result<Option<Inferred>> {
         let PreparedRows { mut rows, sequences, details } = prepared;
-        let Work::Head { model, head, packer } = &self.work else {
+        let Work::Head { replicas, packer } = &self.work else {
             return Err(Error::Internal("rows to complete were given to be inferred".into()));
         };
         let mut stats = InferStats::default();
@@ -232,11 +248,7 @@ impl Engine {
         for (index, row) in rows.iter().enumerate() {
             owners[row.sequences.clone()].fill(index);
         }
-        for batch in packer.pack(sequences) {
-            let started = Instant::now();
-            let details: Vec<&TokenDetail> = batch.rows().iter().map(|&sequence| &details[sequence]).collect();
-            let batch_outputs = head.forward(model, &batch.unpad(), &details)?;
-            stats.busy += started.elapsed();
+        let (busy, went_on) = replicas.compute(packer.pack(sequences), &details, |batch, batch_outputs| {
             let mut completed = 0;
             for (&sequence, output) in batch.rows().iter().zip(batch_outputs) {
                 outputs[sequence] = Some(output);
@@ -247,10 +259,12 @@ impl Engine {
                 Padding { real_tokens: batch.real_tokens() as u64, padded_tokens: batch.padded_tokens() as u64 };
             stats.batches += 1;
             stats.padding += padding;
-            if !observer.after_batch(completed, padding) {
-                return Ok(None);
-            }
+            observer.after_batch(completed, padding)
+        })?;
+        if !went_on {
+            return Ok(None);
         }
+        stats.busy = busy;
 
         let of_row = |index: &usize| outputs[rows[*index].sequences.clone()].iter().flatten().cloned().collect();
         let kept = keep.iter().map(of_row).collect();
@@ -258,7 +272,7 @@ impl Engine {
         let mut first_error = None;
         for (index, row) in rows.iter_mut().enumerate() {
             let chunks: Vec<HeadOutput> = outputs[row.sequences.clone()].iter_mut().filter_map(Option::take).collect();
-            let output = (!chunks.is_empty()).then(|| head.merge(chunks));
+            let output = (!chunks.is_empty()).then(|| replicas.head().merge(chunks));
             if output.as_ref().is_some_and(|output| !output.is_finite()) {
                 row.error = Some("the model gave NaN or infinity for this text".into());
             }
@@ -271,7 +285,7 @@ impl Engine {
             results.push(output.filter(|_| row.error.is_none()));
         }
 
-        let mut columns = head.columns(&results)?;
+        let mut columns = replicas.head().columns(&results)?;
         columns.extend(common_columns(&rows));
         Ok(Some(Inferred { columns, stats, first_error, kept }))
     }

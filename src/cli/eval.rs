@@ -7,7 +7,7 @@ use std::time::Instant;
 use clap::{Args, ValueHint};
 use serde::Serialize;
 
-use super::job::{block_on, check_device, report_failure, use_threads, write_report};
+use super::job::{block_on, report_failure, use_threads, write_report};
 use super::log;
 use super::progress::Display;
 use super::run::variable;
@@ -89,7 +89,7 @@ impl EvalArgs {
     /// What the sweep did; nothing where it is only looked at.
     fn evaluate(&self) -> Result<Option<SweepSummary>> {
         let plan = SweepPlan::new(&self.sweep, &Variables::new(self.set.iter().cloned().collect()))?;
-        plan.devices.iter().try_for_each(|device| check_device(device))?;
+        plan.devices.iter().try_for_each(|device| device.open().map(drop))?;
         if self.dry_run {
             return super::print(&(plan.describe().join("\n") + "\n")).map(|()| None);
         }

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::heads::{ClassifyOptions, SequenceClassification};
-use crate::job::DEFAULT_MAX_BATCH_TOKENS;
+use crate::job::CPU_BATCH_TOKENS;
 use crate::model::{Architecture, Checkpoint};
 use crate::text::TextTokenizer;
 
@@ -76,7 +76,7 @@ fn facts(checkpoint: &Checkpoint, tokenizer: &TextTokenizer) -> Vec<Fact> {
             json!(format!("{} ({})", path.file_name().unwrap_or_default().display(), bytes_text(bytes)))
         })
         .collect();
-    let activations = config.activation_bytes(DEFAULT_MAX_BATCH_TOKENS) as u64;
+    let activations = config.activation_bytes(CPU_BATCH_TOKENS) as u64;
     let weights = 4 * parameters;
 
     let mut facts = vec![
@@ -139,7 +139,7 @@ fn facts(checkpoint: &Checkpoint, tokenizer: &TextTokenizer) -> Vec<Fact> {
             "memory_bytes",
             json!({"weights": weights, "activations": activations}),
             format!(
-                "{} for the weights and about {} for a batch of {DEFAULT_MAX_BATCH_TOKENS} tokens, in f32",
+                "{} for the weights and about {} for a batch of {CPU_BATCH_TOKENS} tokens, in f32",
                 bytes_text(weights),
                 bytes_text(activations)
             ),

@@ -17,14 +17,14 @@ use crate::job::{self, Job, JobSpec, MessageSettings, RunControl, RunReport};
 
 /// Runs `job`, showing its progress and handling signals.
 pub fn run(job: Job) -> Result<()> {
-    let Job { spec, device, threads, dry_run, messages, file } = job;
+    let Job { spec, threads, dry_run, messages, file } = job;
     log::start(&messages);
     let reported = |error: Error| {
         let report = RunReport { job_file: file.clone(), ..RunReport::failed(&spec, &error) };
         report_failure(&messages, &report);
         error
     };
-    check_device(&device).and_then(|()| use_threads(threads)).map_err(reported)?;
+    use_threads(threads).map_err(reported)?;
     if dry_run {
         return check(&spec, &messages);
     }
@@ -95,17 +95,6 @@ pub(super) fn use_threads(threads: Option<u64>) -> Result<()> {
         .num_threads(threads as usize)
         .build_global()
         .map_err(|error| Error::Usage(format!("--threads {threads}: {error}")))
-}
-
-pub(super) fn check_device(device: &str) -> Result<()> {
-    match device {
-        "auto" | "cpu" => Ok(()),
-        cuda if cuda.starts_with("cuda") => Err(Error::Device {
-            device: cuda.to_owned(),
-            message: "this build computes on the CPU only; use --device cpu".into(),
-        }),
-        other => Err(Error::Usage(format!("--device {other}: expected auto or cpu"))),
-    }
 }
 
 /// The first SIGINT or SIGTERM lets the run stop cleanly; a second one ends the process at once.

@@ -15,7 +15,7 @@ use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::prelude::{SessionConfig, SessionContext};
 
 use crate::error::{Error, Result};
-use crate::job::{ProgressMode, count};
+use crate::job::{DeviceChoice, ProgressMode, count};
 use crate::sql::{ModelRegistry, RegistryOptions, register, to_error, with_file_tables};
 use output::Output;
 use progress::QueryProgress;
@@ -45,8 +45,8 @@ pub struct SqlArgs {
     model: Vec<String>,
 
     /// Where to compute
-    #[arg(long, value_name = "auto|cpu", default_value = "auto", help_heading = "Model")]
-    device: String,
+    #[arg(long, value_name = "auto|cpu|cuda:0", default_value = "auto", help_heading = "Model")]
+    device: DeviceChoice,
 
     /// How results are printed
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "table", help_heading = "Messages")]
@@ -94,9 +94,16 @@ pub enum Format {
 
 impl SqlArgs {
     pub fn run(self) -> Result<()> {
-        super::job::check_device(&self.device)?;
+        let devices = self.device.open()?;
         super::job::use_threads(self.threads)?;
+        if let Some(notice) = &devices.notice {
+            tracing::warn!("{notice}");
+        }
+        if devices.iter().count() > 1 {
+            return Err(Error::Usage(format!("--device {}: queries compute on one device", self.device)));
+        }
         let options = RegistryOptions {
+            device: devices.first().clone(),
             max_batch_tokens: self.max_batch_tokens as usize,
             kv_cache_bytes: usize::try_from(self.kv_cache_memory).unwrap_or(usize::MAX),
         };

@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use arrow::array::{ArrayRef, ListBuilder, StringArray, StringBuilder, StructBuilder, UInt32Array, UInt32Builder};
@@ -12,7 +13,7 @@ use arrow::datatypes::{DataType, Field, Fields};
 
 use super::{BatchObserver, InferStats, Inferred, PreparedRows, Row, common_columns};
 use crate::batch::{Padding, Sequence};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::generation::{
     Batching, CausalLm, Completion, Generated, Request, SamplingParams, Scheduler, SchedulerLimits, StaticBatches,
     StepStats,
@@ -27,6 +28,8 @@ const MAX_ROWS_IN_FLIGHT: usize = 16_384;
 /// A causal language model with what every row's completion is asked for.
 pub struct Generator {
     model: Arc<CausalLm>,
+    /// The same on further devices, with what their steps may hold.
+    replicas: Vec<(Arc<CausalLm>, SchedulerLimits)>,
     params: Arc<SamplingParams>,
     /// Completions of each row.
     samples: u32,
@@ -36,42 +39,46 @@ pub struct Generator {
 
 /// Completions under way, batched one way or the other.
 enum Batches<'a> {
-    InFlight(Scheduler<'a, CausalLm, TextTokenizer>),
+    /// One scheduler a device, all with one queue.
+    InFlight(Vec<Scheduler<'a, CausalLm, TextTokenizer>>),
     Static(StaticBatches<'a, TextTokenizer>),
 }
 
 impl Batches<'_> {
     fn push(&mut self, request: Request) -> Result<(), String> {
         match self {
-            Self::InFlight(scheduler) => scheduler.push(request),
+            Self::InFlight(schedulers) => match schedulers.first_mut() {
+                Some(first) => first.push(request),
+                None => Err("there is no device to generate on".into()),
+            },
             Self::Static(batches) => batches.push(request),
         }
     }
 
     fn step(&mut self) -> Result<Vec<Completion>> {
         match self {
-            Self::InFlight(scheduler) => scheduler.step(),
+            Self::InFlight(schedulers) => step_all(schedulers),
             Self::Static(batches) => batches.step(),
         }
     }
 
     fn queued(&self) -> usize {
         match self {
-            Self::InFlight(scheduler) => scheduler.queued(),
+            Self::InFlight(schedulers) => schedulers.first().map_or(0, Scheduler::queued),
             Self::Static(batches) => batches.queued(),
         }
     }
 
     fn live(&self) -> usize {
         match self {
-            Self::InFlight(scheduler) => scheduler.live(),
+            Self::InFlight(schedulers) => schedulers.iter().map(Scheduler::live).sum(),
             Self::Static(batches) => batches.live(),
         }
     }
 
     fn stats(&self) -> StepStats {
         match self {
-            Self::InFlight(scheduler) => scheduler.stats(),
+            Self::InFlight(schedulers) => schedulers.iter().map(Scheduler::stats).sum(),
             Self::Static(batches) => batches.stats(),
         }
     }
@@ -83,6 +90,35 @@ impl Batches<'_> {
             Self::Static(batches) => batches.padding().padded_tokens - batches.padding().real_tokens,
         }
     }
+}
+
+/// At least one step of every scheduler: none waits for another that is at a long prompt, but goes on meanwhile.
+fn step_all(schedulers: &mut [Scheduler<'_, CausalLm, TextTokenizer>]) -> Result<Vec<Completion>> {
+    if let [scheduler] = schedulers {
+        return scheduler.step();
+    }
+    let missing = AtomicUsize::new(schedulers.len());
+    let results: Vec<Result<Vec<Completion>>> = std::thread::scope(|scope| {
+        let steps = schedulers.iter_mut().map(|scheduler| {
+            let missing = &missing;
+            scope.spawn(move || {
+                let mut completions = scheduler.step();
+                missing.fetch_sub(1, Ordering::Relaxed);
+                while missing.load(Ordering::Relaxed) > 0 && scheduler.live() > 0 {
+                    let Ok(held) = &mut completions else { break };
+                    match scheduler.step() {
+                        Ok(more) => held.extend(more),
+                        Err(error) => completions = Err(error),
+                    }
+                }
+                completions
+            })
+        });
+        let steps: Vec<_> = steps.collect();
+        let failed = |_| Err(Error::Internal("a generating thread failed".into()));
+        steps.into_iter().map(|step| step.join().unwrap_or_else(failed)).collect()
+    });
+    Ok(results.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
 }
 
 /// The result columns of a job that generates, in order.
@@ -107,7 +143,14 @@ impl Generator {
     ///
     /// The model may be shared with other generators.
     pub fn new(model: impl Into<Arc<CausalLm>>, params: SamplingParams, samples: u32, limits: SchedulerLimits) -> Self {
-        Self { model: model.into(), params: Arc::new(params), samples, limits, batching: Batching::default() }
+        let params = Arc::new(params);
+        Self { model: model.into(), replicas: Vec::new(), params, samples, limits, batching: Batching::default() }
+    }
+
+    /// The same with one more replica of the model, on a device of its own.
+    pub fn with_replica(mut self, model: impl Into<Arc<CausalLm>>, limits: SchedulerLimits) -> Self {
+        self.replicas.push((model.into(), limits));
+        self
     }
 
     /// The model without its output layer.
@@ -131,7 +174,12 @@ impl Generator {
             generator: self,
             tokenizer,
             scheduler: match self.batching {
-                Batching::InFlight => Batches::InFlight(Scheduler::new(&*self.model, tokenizer, self.limits)),
+                Batching::InFlight => {
+                    let first = Scheduler::new(&*self.model, tokenizer, self.limits);
+                    let beside = |(model, limits): &'a (Arc<CausalLm>, _)| Scheduler::beside(&first, &**model, *limits);
+                    let others: Vec<_> = self.replicas.iter().map(beside).collect();
+                    Batches::InFlight(std::iter::once(first).chain(others).collect())
+                }
                 Batching::Static => Batches::Static(StaticBatches::new(&self.model, tokenizer, self.limits)),
             },
             windows: VecDeque::new(),

@@ -27,7 +27,7 @@ use crate::data::commit::{OutputLock, create_dirs_durably};
 use crate::data::sink::OnExisting;
 use crate::error::{Error, Result, nearest_name};
 use crate::job::{
-    self, AuditReport, Job, JobFile, JobIdentity, JobSpec, ModelCache, PromptSpec, RunControl, Variables,
+    self, AuditReport, DeviceChoice, Job, JobFile, JobIdentity, JobSpec, ModelCache, PromptSpec, RunControl, Variables,
 };
 
 /// The file that marks a folder as a sweep's.
@@ -49,7 +49,7 @@ pub struct SweepPlan {
     pub output: PathBuf,
     cells: Vec<PlannedCell>,
     /// Where the jobs compute, as their settings say.
-    pub devices: Vec<String>,
+    pub devices: Vec<DeviceChoice>,
     /// Threads to compute with; all cores when `None`.
     pub threads: Option<u64>,
 }
@@ -106,7 +106,7 @@ impl SweepPlan {
                 return Err(wrong("threads: all cells of a sweep run in one process; set it in [settings]".into()));
             }
             plan.threads = job.threads;
-            plan.devices.push(job.device);
+            plan.devices.push(job.spec.device.clone());
             plan.cells.push(planned);
         }
         plan.devices.dedup();

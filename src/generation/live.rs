@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::sampler::{self, DrawKey};
+use super::sampler::{self, DrawKey, Sampled};
 use super::stop::{self, Decode, FinishReason};
 use super::{Constraint, ConstraintState, SamplingParams};
 
@@ -51,6 +51,9 @@ impl Request {
     }
 }
 
+/// Why a completion ends whose logits are no numbers.
+const NOT_FINITE: &str = "the model's output holds NaN or infinity";
+
 /// One completion that has begun.
 pub(super) struct Live {
     pub request: Arc<Request>,
@@ -97,10 +100,16 @@ impl Live {
         self.end = self.next_token(logits, decoder).transpose();
     }
 
+    /// As [`Live::take_token`] with the token that the device chose, which suits [`SamplingParams::is_plain_greedy`] only.
+    pub fn take_chosen(&mut self, chosen: Sampled, decoder: &impl Decode) {
+        let end = if chosen.is_finite() { self.add(chosen, decoder) } else { Err(NOT_FINITE.into()) };
+        self.end = end.transpose();
+    }
+
     /// Chooses the next token; why the completion ends with it, if it does.
     fn next_token(&mut self, logits: &mut [f32], decoder: &impl Decode) -> Result<Option<FinishReason>, String> {
         if !logits.iter().all(|logit| logit.is_finite()) {
-            return Err("the model's output holds NaN or infinity".into());
+            return Err(NOT_FINITE.into());
         }
         let Request { random_key, params, prompt_ids, .. } = &*self.request;
         let step = self.completion.len() as u32;
@@ -110,7 +119,12 @@ impl Live {
             None => None,
         };
         let sampled = sampler::sample(logits, params, allowed.as_ref(), prompt_ids, &self.completion, key);
-        let sampled = sampled.ok_or("no token is left to choose: the settings forbid all that could follow")?;
+        self.add(sampled.ok_or("no token is left to choose: the settings forbid all that could follow")?, decoder)
+    }
+
+    /// Adds the next token; why the completion ends with it, if it does.
+    fn add(&mut self, sampled: Sampled, decoder: &impl Decode) -> Result<Option<FinishReason>, String> {
+        let params = &self.request.params;
         self.completion.push(sampled.token_id);
         if params.logprobs {
             self.logprobs.push(sampled.logprob);

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 mod causal_lm;
 mod constraint;
+mod greedy_lanes;
 mod live;
 mod params;
 pub mod sampler;
@@ -19,7 +20,7 @@ pub use causal_lm::CausalLm;
 pub use constraint::{Constraint, ConstraintState, Grammar, TokenMask};
 pub use live::{Completion, Generated, Request};
 pub use params::{BadSetting, DEFAULT_MAX_TOKENS, GenerationDefaults, SamplingParams};
-pub use scheduler::{Scheduler, SchedulerLimits, StepModel, StepStats};
+pub use scheduler::{GreedyRun, Scheduler, SchedulerLimits, StepModel, StepStats};
 pub use static_batch::StaticBatches;
 pub use stop::{Decode, FinishReason};
 

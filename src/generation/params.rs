@@ -92,6 +92,17 @@ impl BadSetting {
 }
 
 impl SamplingParams {
+    /// Whether the next token is the likeliest one, whatever came before.
+    pub fn is_plain_greedy(&self) -> bool {
+        self.temperature == 0.0
+            && self.min_tokens == 0
+            && self.repetition_penalty == 1.0
+            && self.frequency_penalty == 0.0
+            && self.presence_penalty == 0.0
+            && self.no_repeat_ngram_size == 0
+            && self.constraint.is_none()
+    }
+
     /// Refuses settings that mean nothing.
     ///
     /// # Errors

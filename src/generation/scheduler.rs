@@ -3,11 +3,12 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 
 use super::live::{Completion, Live, Request};
+use super::sampler::Sampled;
 use super::stop::Decode;
 use crate::batch::PackedBatch;
 use crate::error::Result;
@@ -15,7 +16,7 @@ use crate::error::Result;
 /// A model that can go on with sequences token by token.
 pub trait StepModel: Sync {
     /// What a sequence's tokens so far leave behind.
-    type Cache: Clone + Send + Sync;
+    type Cache: Send + Sync;
 
     /// Tokens that have a logit.
     fn vocab_size(&self) -> usize;
@@ -24,13 +25,75 @@ pub trait StepModel: Sync {
     fn cache_bytes(&self, max_len: usize) -> usize;
 
     /// An empty cache for `max_len` tokens.
-    fn new_cache(&self, max_len: usize) -> Self::Cache;
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    fn new_cache(&self, max_len: usize) -> Result<Self::Cache>;
+
+    /// A second cache with the same content.
+    ///
+    /// # Errors
+    /// As [`StepModel::new_cache`].
+    fn fork_cache(&self, cache: &Self::Cache) -> Result<Self::Cache>;
 
     /// Adds the batch's new tokens to their sequences' `caches` `[B]`: the logits of each next token, `[B, vocab]`.
     ///
     /// # Errors
     /// When the computation fails; the caches are then of no use.
     fn step(&self, batch: &PackedBatch, caches: &mut [&mut Self::Cache]) -> Result<Vec<f32>>;
+
+    /// As [`StepModel::step`], with the likeliest token of each sequence instead of logits; `None`, and nothing computed, where
+    /// the device leaves that to the host.
+    ///
+    /// # Errors
+    /// As [`StepModel::step`].
+    fn step_greedy(&self, _batch: &PackedBatch, _caches: &mut [&mut Self::Cache]) -> Result<Option<Vec<Sampled>>> {
+        Ok(None)
+    }
+
+    /// Begins a run of sequences that each go on with one of `ids` and never have more than `max_len` tokens; `None` where
+    /// every step needs the host.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    fn greedy_run<'a>(
+        &'a self,
+        _ids: &[u32],
+        _caches: &[&Self::Cache],
+        _max_len: usize,
+    ) -> Result<Option<Box<dyn GreedyRun<Self::Cache> + 'a>>> {
+        Ok(None)
+    }
+
+    /// New sequences begin when one part in so many of all slots and of the caches' memory is free; `None`: as soon as one fits.
+    fn refill_share(&self) -> Option<usize> {
+        None
+    }
+}
+
+/// Sequences that go on with their likeliest token step by step. A step is under way while the host looks at the one before,
+/// so the last tokens of a sequence that has ended may be computed for nobody.
+pub trait GreedyRun<C>: Send {
+    /// The next token of each sequence that has not ended; `caches` are theirs, in order.
+    ///
+    /// # Errors
+    /// When the computation fails; the run and the caches are then of no use.
+    fn next(&mut self, caches: &mut [&mut C]) -> Result<Vec<Sampled>>;
+
+    /// Takes out the sequences of these indices, rising, among those that have not ended; their caches may be dropped then.
+    ///
+    /// # Errors
+    /// As [`GreedyRun::next`].
+    fn end(&mut self, ended: &[usize]) -> Result<()>;
+
+    /// The tokens of the step that is still under way, nothing if none is; then the run may be dropped.
+    ///
+    /// # Errors
+    /// As [`GreedyRun::next`].
+    fn finish(&mut self, caches: &mut [&mut C]) -> Result<Vec<Sampled>>;
+
+    /// Sequences that each step computes, ended ones included.
+    fn lanes(&self) -> usize;
 }
 
 /// What a step may hold.
@@ -56,6 +119,18 @@ pub struct StepStats {
     pub peak_kv_cache_bytes: usize,
 }
 
+impl std::iter::Sum for StepStats {
+    /// Of schedulers that work side by side.
+    fn sum<I: Iterator<Item = Self>>(stats: I) -> Self {
+        stats.fold(Self::default(), |sum, each| Self {
+            steps: sum.steps + each.steps,
+            prompt_tokens: sum.prompt_tokens + each.prompt_tokens,
+            completion_tokens: sum.completion_tokens + each.completion_tokens,
+            peak_kv_cache_bytes: sum.peak_kv_cache_bytes + each.peak_kv_cache_bytes,
+        })
+    }
+}
+
 /// Keeps the device busy with completions: whoever ends makes room for the next in the very next step.
 ///
 /// The queue is sorted by length, longest first, so that no long completion is left alone at the end; what does not
@@ -65,13 +140,21 @@ pub struct Scheduler<'a, M: StepModel, D> {
     model: &'a M,
     decoder: &'a D,
     limits: SchedulerLimits,
-    /// By longest possible length, then by arrival.
-    queue: BTreeMap<(Reverse<usize>, u64), Request>,
-    arrivals: u64,
+    queue: Arc<Mutex<Queue>>,
     live: Vec<Slot<M::Cache>>,
     trunks: Vec<Trunk<M::Cache>>,
+    /// The live sequences in the same order, where they go on without the host.
+    run: Option<Box<dyn GreedyRun<M::Cache> + 'a>>,
     kv_cache_bytes: usize,
     stats: StepStats,
+}
+
+/// Requests that have not begun.
+#[derive(Debug, Default)]
+struct Queue {
+    /// By longest possible length, then by arrival.
+    requests: BTreeMap<(Reverse<usize>, u64), Request>,
+    arrivals: u64,
 }
 
 /// A sequence that has begun, with its cache.
@@ -119,13 +202,22 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
             model,
             decoder,
             limits,
-            queue: BTreeMap::new(),
-            arrivals: 0,
+            queue: Arc::default(),
             live: Vec::new(),
             trunks: Vec::new(),
+            run: None,
             kv_cache_bytes: 0,
             stats: StepStats::default(),
         }
+    }
+
+    /// A scheduler on another device that takes its requests from the same queue.
+    pub fn beside(other: &Self, model: &'a M, limits: SchedulerLimits) -> Self {
+        Self { queue: Arc::clone(&other.queue), ..Self::new(model, other.decoder, limits) }
+    }
+
+    fn lock_queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Queues a request.
@@ -148,13 +240,15 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
     }
 
     fn enqueue(&mut self, request: Request) {
-        self.queue.insert((Reverse(request.max_len()), self.arrivals), request);
-        self.arrivals += 1;
+        let mut queue = self.lock_queue();
+        let key = (Reverse(request.max_len()), queue.arrivals);
+        queue.requests.insert(key, request);
+        queue.arrivals += 1;
     }
 
     /// Requests that have not begun.
     pub fn queued(&self) -> usize {
-        self.queue.len()
+        self.lock_queue().requests.len()
     }
 
     /// Sequences that have begun and not ended.
@@ -164,7 +258,7 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
 
     /// Whether all requests have ended.
     pub fn is_idle(&self) -> bool {
-        self.queue.is_empty() && self.live.is_empty() && self.trunks.is_empty()
+        self.queued() == 0 && self.live.is_empty() && self.trunks.is_empty()
     }
 
     /// What was computed so far.
@@ -177,47 +271,109 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
     /// # Errors
     /// When the model fails; the scheduler is then of no use.
     pub fn step(&mut self) -> Result<Vec<Completion>> {
-        self.admit();
+        if self.run.is_none() {
+            self.admit()?;
+            self.begin_run()?;
+        }
+        if self.run.is_some() {
+            return self.step_of_run();
+        }
         if self.live.is_empty() {
             return Ok(Vec::new());
         }
         let batch = self.batch();
+        let is_greedy = |request: &Request| request.params.is_plain_greedy() && request.samples.len() == 1;
+        let greedy = self.live.iter().all(|slot| is_greedy(&slot.live.request));
         let mut caches: Vec<_> = self.live.iter_mut().map(|slot| &mut slot.cache).collect();
-        let mut logits = self.model.step(&batch, &mut caches)?;
+        let decoder = self.decoder;
+        let chosen = if greedy { self.model.step_greedy(&batch, &mut caches)? } else { None };
+        match chosen {
+            Some(chosen) => self.take_chosen(chosen),
+            None => {
+                let mut logits = self.model.step(&batch, &mut caches)?;
+                self.keep_trunks(&logits)?;
+                self.live
+                    .par_iter_mut()
+                    .zip(logits.par_chunks_mut(self.model.vocab_size()))
+                    .for_each(|(slot, logits)| slot.live.take_token(logits, decoder));
+            }
+        }
         self.stats.steps += 1;
         self.stats.completion_tokens += self.live.len() as u64;
-        self.keep_trunks(&logits);
+        let mut completions = self.take_ended();
+        self.branch(&mut completions)?;
+        Ok(completions)
+    }
+
+    /// Gives each live sequence the token that the device chose for it.
+    fn take_chosen(&mut self, chosen: Vec<Sampled>) {
         let decoder = self.decoder;
-        self.live
-            .par_iter_mut()
-            .zip(logits.par_chunks_mut(self.model.vocab_size()))
-            .for_each(|(slot, logits)| slot.live.take_token(logits, decoder));
+        self.live.par_iter_mut().zip(chosen).for_each(|(slot, chosen)| slot.live.take_chosen(chosen, decoder));
+    }
+
+    /// Takes the sequences out that have ended.
+    fn take_ended(&mut self) -> Vec<Completion> {
         let ended: Vec<_> = self.live.extract_if(.., |slot| slot.live.has_ended()).collect();
         self.kv_cache_bytes -= ended.iter().map(|slot| slot.cache_bytes).sum::<usize>();
-        let mut completions: Vec<_> = ended.into_iter().filter_map(|slot| slot.live.finish(decoder)).collect();
-        self.branch(&mut completions);
+        ended.into_iter().filter_map(|slot| slot.live.finish(self.decoder)).collect()
+    }
+
+    /// Lets the live sequences go on by themselves, if all of them are past their prompts and the model can.
+    fn begin_run(&mut self) -> Result<()> {
+        let goes_on = |slot: &Slot<M::Cache>| !slot.live.is_new() && slot.live.request.params.is_plain_greedy();
+        if self.live.is_empty() || !self.trunks.is_empty() || !self.live.iter().all(goes_on) {
+            return Ok(());
+        }
+        let ids: Vec<u32> = self.live.iter().filter_map(|slot| slot.live.new_tokens().first().copied()).collect();
+        let caches: Vec<_> = self.live.iter().map(|slot| &slot.cache).collect();
+        let max_len = self.live.iter().map(|slot| slot.live.request.max_len()).max().unwrap_or(0);
+        self.run = self.model.greedy_run(&ids, &caches, max_len)?;
+        Ok(())
+    }
+
+    /// One more token of every sequence of the run, which ends where new requests can begin or most of its lanes are idle.
+    fn step_of_run(&mut self) -> Result<Vec<Completion>> {
+        let mut run = self.run.take();
+        let Some(current) = run.as_mut() else { return Ok(Vec::new()) };
+        let mut ends = self.can_begin() || self.live.len() * 2 <= current.lanes();
+        let mut caches: Vec<_> = self.live.iter_mut().map(|slot| &mut slot.cache).collect();
+        let mut chosen = if ends { current.finish(&mut caches)? } else { Vec::new() };
+        if chosen.is_empty() {
+            // It goes on, or has not begun: every call computes a token.
+            ends = false;
+            chosen = current.next(&mut caches)?;
+        }
+        self.live.iter_mut().for_each(|slot| slot.past += 1);
+        self.stats.steps += 1;
+        self.stats.completion_tokens += self.live.len() as u64;
+        self.take_chosen(chosen);
+        let ended: Vec<usize> = (0..self.live.len()).filter(|&index| self.live[index].live.has_ended()).collect();
+        current.end(&ended)?;
+        let completions = self.take_ended();
+        self.run = run.filter(|_| !ends && !self.live.is_empty());
         Ok(completions)
     }
 
     /// Keeps the cache and the logits of prompts that were computed just now and have further samples.
-    fn keep_trunks(&mut self, logits: &[f32]) {
+    fn keep_trunks(&mut self, logits: &[f32]) -> Result<()> {
         for (slot, logits) in self.live.iter().zip(logits.chunks(self.model.vocab_size())) {
             let Range { start, end } = slot.live.request.samples;
             if slot.live.is_new() && end - start > 1 {
                 self.trunks.push(Trunk {
                     request: Arc::clone(&slot.live.request),
                     samples: start + 1..end,
-                    cache: slot.cache.clone(),
+                    cache: self.model.fork_cache(&slot.cache)?,
                     cache_bytes: slot.cache_bytes,
                     logits: logits.to_vec(),
                 });
             }
         }
+        Ok(())
     }
 
     /// Begins further samples of computed prompts as far as the limits go: each with a copy of the prompt's cache, the
     /// last with the cache itself.
-    fn branch(&mut self, completions: &mut Vec<Completion>) {
+    fn branch(&mut self, completions: &mut Vec<Completion>) -> Result<()> {
         let decoder = self.decoder;
         loop {
             let mut begun: Vec<(Slot<M::Cache>, Vec<f32>)> = Vec::new();
@@ -237,14 +393,15 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
                     begun.push((Slot { live: Live::new(request, sample), cache, cache_bytes, past }, logits));
                 } else if self.kv_cache_bytes + trunk.cache_bytes <= self.limits.kv_cache_bytes {
                     self.kv_cache_bytes += trunk.cache_bytes;
-                    begun.push((slot(trunk.samples.start, trunk.cache.clone()), trunk.logits.clone()));
+                    let cache = self.model.fork_cache(&trunk.cache)?;
+                    begun.push((slot(trunk.samples.start, cache), trunk.logits.clone()));
                     trunk.samples.start += 1;
                 } else {
                     index += 1;
                 }
             }
             if begun.is_empty() {
-                return;
+                return Ok(());
             }
             self.stats.peak_kv_cache_bytes = self.stats.peak_kv_cache_bytes.max(self.kv_cache_bytes);
             self.stats.completion_tokens += begun.len() as u64;
@@ -260,14 +417,37 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
         }
     }
 
+    /// Whether [`Scheduler::admit`] would begin a request, or a sample of a prompt can begin.
+    fn can_begin(&self) -> bool {
+        let free_bytes = self.limits.kv_cache_bytes - self.kv_cache_bytes;
+        let least = self.lock_queue().requests.last_key_value().map(|((Reverse(len), _), _)| self.model.cache_bytes(*len));
+        self.has_room() && least.is_some_and(|least| least <= free_bytes)
+    }
+
+    /// Whether enough is free to interrupt the live sequences for new ones.
+    fn has_room(&self) -> bool {
+        let max_rows = self.limits.max_rows.max(1);
+        let free_rows = max_rows.saturating_sub(self.live.len());
+        let free_bytes = self.limits.kv_cache_bytes - self.kv_cache_bytes;
+        let enough = |share: usize| {
+            free_rows.saturating_mul(share) >= max_rows && free_bytes.saturating_mul(share) >= self.limits.kv_cache_bytes
+        };
+        free_rows > 0 && (self.live.is_empty() || self.model.refill_share().is_none_or(enough))
+    }
+
     /// Begins queued requests as far as the limits go.
-    fn admit(&mut self) {
+    fn admit(&mut self) -> Result<()> {
+        if !self.has_room() {
+            return Ok(());
+        }
         let mut prefill_tokens = 0;
         let mut begun = Vec::new();
         let free_rows = self.limits.max_rows.max(1).saturating_sub(self.live.len());
         // The last is the shortest: where not even that fits, nothing does.
-        let least = self.queue.last_key_value().map_or(0, |((Reverse(len), _), _)| self.model.cache_bytes(*len));
-        for (key, request) in &self.queue {
+        let queue = Arc::clone(&self.queue);
+        let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let least = queue.requests.last_key_value().map_or(0, |((Reverse(len), _), _)| self.model.cache_bytes(*len));
+        for (key, request) in &queue.requests {
             if begun.len() == free_rows || least > self.limits.kv_cache_bytes - self.kv_cache_bytes {
                 break;
             }
@@ -286,11 +466,12 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
         self.stats.prompt_tokens += prefill_tokens as u64;
         self.stats.peak_kv_cache_bytes = self.stats.peak_kv_cache_bytes.max(self.kv_cache_bytes);
         for (key, cache_bytes) in begun {
-            let Some(request) = self.queue.remove(&key) else { continue };
-            let cache = self.model.new_cache(request.max_len());
+            let Some(request) = queue.requests.remove(&key) else { continue };
+            let cache = self.model.new_cache(request.max_len())?;
             let live = Live::new(Arc::new(request.clone()), request.samples.start);
             self.live.push(Slot { live, cache, cache_bytes, past: 0 });
         }
+        Ok(())
     }
 
     /// The tokens that live sequences have not computed yet: a prompt, or the last token of a completion.
@@ -320,6 +501,8 @@ mod tests {
 
     /// Its next token is a function of all tokens so far, which it keeps in its caches and checks against positions.
     struct Fake {
+        /// Whether sequences go on without the host, and how much has to be free for new ones then.
+        runs: Option<usize>,
         /// The most cache bytes that were live at a time, and the most prompt tokens of a step with their prompts.
         seen: Mutex<(usize, Vec<(usize, usize)>)>,
     }
@@ -348,8 +531,12 @@ mod tests {
             max_len * 10
         }
 
-        fn new_cache(&self, max_len: usize) -> FakeCache {
-            FakeCache { tokens: Vec::new(), max_len }
+        fn new_cache(&self, max_len: usize) -> Result<FakeCache> {
+            Ok(FakeCache { tokens: Vec::new(), max_len })
+        }
+
+        fn fork_cache(&self, cache: &FakeCache) -> Result<FakeCache> {
+            Ok(cache.clone())
         }
 
         fn step(&self, batch: &PackedBatch, caches: &mut [&mut FakeCache]) -> Result<Vec<f32>> {
@@ -369,6 +556,93 @@ mod tests {
             }
             Ok(logits)
         }
+
+        fn step_greedy(&self, batch: &PackedBatch, caches: &mut [&mut FakeCache]) -> Result<Option<Vec<Sampled>>> {
+            if self.runs.is_none() {
+                return Ok(None);
+            }
+            self.step(batch, caches)?;
+            Ok(Some(caches.iter().map(|cache| sampled(next_token(&cache.tokens))).collect()))
+        }
+
+        fn greedy_run<'a>(
+            &'a self,
+            ids: &[u32],
+            caches: &[&FakeCache],
+            max_len: usize,
+        ) -> Result<Option<Box<dyn GreedyRun<FakeCache> + 'a>>> {
+            assert!(caches.iter().all(|cache| cache.max_len <= max_len));
+            let lanes = ids.len().next_power_of_two();
+            let rows = caches.iter().zip(ids).map(|(cache, &id)| Some((cache.tokens.clone(), id))).collect();
+            Ok(self.runs.map(|_| Box::new(FakeRun { rows, lanes, pending: None }) as Box<_>))
+        }
+
+        fn refill_share(&self) -> Option<usize> {
+            self.runs
+        }
+    }
+
+    fn sampled(token_id: u32) -> Sampled {
+        Sampled { token_id, logprob: -1.0 }
+    }
+
+    /// A device that is a step ahead of the host.
+    struct FakeRun {
+        /// Tokens in the device's cache and the one to go on with, of each lane; `None` once it is closed.
+        rows: Vec<Option<(Vec<u32>, u32)>>,
+        lanes: usize,
+        pending: Option<Vec<Option<u32>>>,
+    }
+
+    impl FakeRun {
+        fn launch(&mut self) {
+            assert!(self.pending.is_none());
+            let step = |row: &mut Option<(Vec<u32>, u32)>| {
+                let (tokens, id) = row.as_mut()?;
+                tokens.push(*id);
+                *id = next_token(tokens);
+                Some(*id)
+            };
+            self.pending = Some(self.rows.iter_mut().map(step).collect());
+        }
+
+        /// The host's caches get the tokens that the device's have had.
+        fn read(&self, step: Vec<Option<u32>>, caches: &mut [&mut FakeCache]) -> Vec<Sampled> {
+            let open: Vec<_> = (self.rows.iter().zip(step)).filter_map(|(row, id)| row.as_ref().zip(id)).collect();
+            assert_eq!(open.len(), caches.len());
+            for ((tokens, _), cache) in open.iter().map(|(row, _)| row).zip(caches) {
+                let len = cache.tokens.len() + 1;
+                assert!(len <= cache.max_len, "a token beyond the cache is read by nobody");
+                cache.tokens = tokens[..len].to_vec();
+            }
+            open.into_iter().map(|(_, id)| sampled(id)).collect()
+        }
+    }
+
+    impl GreedyRun<FakeCache> for FakeRun {
+        fn next(&mut self, caches: &mut [&mut FakeCache]) -> Result<Vec<Sampled>> {
+            if self.pending.is_none() {
+                self.launch();
+            }
+            let step = self.pending.take().unwrap();
+            self.launch();
+            Ok(self.read(step, caches))
+        }
+
+        fn end(&mut self, ended: &[usize]) -> Result<()> {
+            let open: Vec<usize> = (0..self.rows.len()).filter(|&lane| self.rows[lane].is_some()).collect();
+            ended.iter().for_each(|&index| self.rows[open[index]] = None);
+            Ok(())
+        }
+
+        fn finish(&mut self, caches: &mut [&mut FakeCache]) -> Result<Vec<Sampled>> {
+            let step = self.pending.take();
+            Ok(step.map_or_else(Vec::new, |step| self.read(step, caches)))
+        }
+
+        fn lanes(&self) -> usize {
+            self.lanes
+        }
     }
 
     struct Letters;
@@ -380,7 +654,7 @@ mod tests {
     }
 
     fn fake() -> Fake {
-        Fake { seen: Mutex::default() }
+        Fake { runs: None, seen: Mutex::default() }
     }
 
     fn request(row: usize, prompt_len: usize, max_tokens: usize, stop_token_ids: Vec<u32>) -> Request {
@@ -416,8 +690,9 @@ mod tests {
             max_rows in 1usize..20,
             prefill_tokens in 1usize..80,
             at_once in 1usize..60,
+            runs in prop::option::of(1usize..9),
         ) {
-            let model = fake();
+            let model = Fake { runs, ..fake() };
             let limits = SchedulerLimits { kv_cache_bytes: kv_cache_tokens * 10, max_rows, prefill_tokens };
             let mut scheduler = Scheduler::new(&model, &Letters, limits);
             let requests: Vec<_> = (requests.into_iter().enumerate())

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{Head, HeadOutput, check_architecture};
 use crate::batch::PackedBatch;
 use crate::error::Result;
+use crate::kernels;
 use crate::model::{Architecture, Checkpoint, MistralModel};
 use crate::text::TokenDetail;
 
@@ -73,21 +74,12 @@ impl Head for Embedding {
     }
 
     fn forward(&self, model: &MistralModel, batch: &PackedBatch, _: &[&TokenDetail]) -> Result<Vec<HeadOutput>> {
-        let sequences = 0..batch.num_sequences();
         let vectors = match self.options.pooling {
             Pooling::Last => {
-                let last: Vec<u32> = sequences.map(|b| batch.cu_seq_lens[b + 1] - 1).collect();
-                model.forward_at(batch, &last)?.to_vec2::<f32>()? // [B, hidden]
+                let last: Vec<u32> = batch.cu_seq_lens[1..].iter().map(|end| end - 1).collect();
+                kernels::host_rows(&model.forward_at(batch, &last)?)? // [B, hidden]
             }
-            Pooling::Mean => {
-                let hidden_states = model.forward(batch)?; // [N, hidden]
-                sequences
-                    .map(|b| {
-                        let range = batch.range(b);
-                        hidden_states.narrow(0, range.start, range.len())?.mean(0)?.to_vec1::<f32>()
-                    })
-                    .collect::<candle_core::Result<_>>()?
-            }
+            Pooling::Mean => kernels::mean_rows(&model.forward(batch)?, &batch.cu_seq_lens)?, // [B, hidden]
         };
         Ok(vectors.into_iter().map(HeadOutput::Values).collect())
     }

@@ -10,11 +10,14 @@ use rayon::prelude::*;
 use super::{Head, HeadOutput, TokenLogprob, check_architecture};
 use crate::batch::PackedBatch;
 use crate::error::Result;
+use crate::kernels::{self, cuda};
 use crate::model::{Architecture, Checkpoint, Linear, MistralModel};
 use crate::text::{TextTokenizer, TokenDetail};
 
 /// Positions whose logits are held at a time: `[256, vocab_size]`, 32 MiB for a vocabulary of 32,768.
 const LOGITS_BLOCK: usize = 256;
+/// The same on a CUDA device, where wide products are fast: 256 MiB for that vocabulary.
+const DEVICE_LOGITS_BLOCK: usize = 2048;
 
 /// Log-likelihoods by a causal language model.
 #[derive(Debug)]
@@ -58,6 +61,9 @@ impl Score {
 
     /// Log-probabilities of `targets`, one for each of `hidden_states` `[positions, hidden]`.
     fn logprobs(&self, hidden_states: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
+        if hidden_states.device().is_cuda() {
+            return self.logprobs_on_device(hidden_states, targets);
+        }
         let vocab_size = self.lm_head.outputs();
         let mut logprobs = Vec::with_capacity(targets.len());
         for (block, targets) in targets.chunks(LOGITS_BLOCK).enumerate() {
@@ -66,6 +72,22 @@ impl Score {
             logprobs.par_extend(
                 logits.par_chunks(vocab_size).zip(targets).map(|(logits, &target)| log_softmax(logits, target)),
             );
+        }
+        Ok(logprobs)
+    }
+
+    /// The same on a CUDA device: only the log-probabilities come to the host.
+    fn logprobs_on_device(&self, hidden_states: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
+        let mut blocks = Vec::new();
+        for (block, targets) in targets.chunks(DEVICE_LOGITS_BLOCK).enumerate() {
+            let hidden_states = hidden_states.narrow(0, block * DEVICE_LOGITS_BLOCK, targets.len())?;
+            let logits = self.lm_head.forward(&hidden_states)?; // [block, vocab_size]
+            let targets = kernels::indices(targets, hidden_states.device())?;
+            blocks.push(cuda::Download::begin(&cuda::target_logprobs(&logits, &targets)?)?);
+        }
+        let mut logprobs = Vec::with_capacity(targets.len());
+        for block in blocks {
+            logprobs.extend(block.f32()?);
         }
         Ok(logprobs)
     }

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::{Head, HeadOutput, best_label, check_architecture, softmax};
 use crate::batch::PackedBatch;
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::model::{Architecture, Checkpoint, MistralModel, ProblemType};
 use crate::text::TokenDetail;
 
@@ -87,7 +88,7 @@ impl SequenceClassification {
         let config = &checkpoint.config;
         let (task, function) = Self::plan(checkpoint, &options)?;
         Ok(Self {
-            score: checkpoint.weights.tensor("score.weight", &[config.num_labels(), config.hidden_size], device)?,
+            score: checkpoint.matrix("score.weight", &[config.num_labels(), config.hidden_size], device)?,
             labels: config.labels.clone(),
             pad_token_id: config.pad_token_id,
             task,
@@ -166,7 +167,7 @@ impl Head for SequenceClassification {
             })
             .collect();
         let hidden_states = model.forward_at(batch, &pooled)?; // [B, hidden]
-        let logits = hidden_states.matmul(&self.score.t()?)?.to_vec2::<f32>()?; // [B, labels]
+        let logits = kernels::project(&hidden_states, &self.score)?; // [B, labels]
         Ok(logits.into_iter().map(HeadOutput::Values).collect())
     }
 

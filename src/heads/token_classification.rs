@@ -15,6 +15,7 @@ use super::aggregation::{Aggregation, Entity, Reader, aggregate};
 use super::{Head, HeadOutput, TaggedToken, check_architecture, softmax};
 use crate::batch::PackedBatch;
 use crate::error::Result;
+use crate::kernels;
 use crate::model::{Architecture, Checkpoint, MistralModel};
 use crate::text::{TextTokenizer, TokenDetail};
 
@@ -31,8 +32,8 @@ pub struct TagOptions {
 pub struct TokenClassification {
     /// `[labels, hidden]`
     score: Tensor,
-    /// `[labels]`
-    bias: Tensor,
+    /// Of each label.
+    bias: Vec<f32>,
     labels: Vec<String>,
     /// Tells what tokens read.
     tokenizer: TextTokenizer,
@@ -54,8 +55,8 @@ impl TokenClassification {
         let config = &checkpoint.config;
         let labels = config.num_labels();
         Ok(Self {
-            score: checkpoint.weights.tensor("score.weight", &[labels, config.hidden_size], device)?,
-            bias: checkpoint.weights.tensor("score.bias", &[labels], device)?,
+            score: checkpoint.matrix("score.weight", &[labels, config.hidden_size], device)?,
+            bias: checkpoint.weights.tensor("score.bias", &[labels], &Device::Cpu)?.to_vec1()?,
             labels: config.labels.clone(),
             tokenizer,
             options,
@@ -97,8 +98,9 @@ impl Head for TokenClassification {
             return Ok(vec![HeadOutput::Tags(Vec::new()); details.len()]);
         }
         let hidden_states = model.forward_at(batch, &positions)?; // [positions, hidden]
-        let logits = hidden_states.matmul(&self.score.t()?)?.broadcast_add(&self.bias)?; // [positions, labels]
-        let mut logits = logits.to_vec2::<f32>()?.into_iter();
+        let mut logits = kernels::project(&hidden_states, &self.score)?; // [positions, labels]
+        logits.iter_mut().for_each(|row| row.iter_mut().zip(&self.bias).for_each(|(logit, bias)| *logit += bias));
+        let mut logits = logits.into_iter();
         let tagged = |detail: &&TokenDetail| {
             let tokens = detail.spans.iter().zip(logits.by_ref());
             HeadOutput::Tags(

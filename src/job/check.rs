@@ -10,6 +10,8 @@ use candle_core::{DType, Device, Tensor};
 use serde::Serialize;
 
 use super::command::CommandSpec;
+use super::devices::Devices;
+use super::generation::CPU_KV_CACHE_BYTES;
 use super::plan::JobPlan;
 use super::prompts::RowTexts;
 use super::runner::PlannedJob;
@@ -117,9 +119,10 @@ pub struct TimeEstimate {
 /// # Errors
 /// What the run would refuse before it loads the model.
 pub fn check(spec: &JobSpec) -> Result<CheckReport> {
-    let PlannedJob { checkpoint, tokenizer, plan, target, max_length } = PlannedJob::new(spec)?;
+    let PlannedJob { checkpoint, tokenizer, plan, target, max_length, devices } = PlannedJob::new(spec)?;
     let finished = Sink::look(&target, &plan.output_schema, &plan.file, spec.on_existing)?.is_some();
-    let sample = sample(spec, &plan, &checkpoint.config, &tokenizer)?;
+    let batch_tokens = spec.batch_tokens(&devices);
+    let sample = sample(batch_tokens, &plan, &checkpoint.config, &tokenizer)?;
     let share = if sample.rows_read == 0 { 0.0 } else { plan.file.rows as f64 / sample.rows_read as f64 };
     Ok(CheckReport {
         status: if finished { "nothing_to_do" } else { "checked" },
@@ -141,13 +144,13 @@ pub fn check(spec: &JobSpec) -> Result<CheckReport> {
         units: plan.units.len() as u64,
         unit_rows: plan.file.unit_rows,
         max_length: max_length as u64,
-        memory: memory(spec, &checkpoint, sample.tokens_max),
-        time: time(spec, &checkpoint, &sample, share)?,
+        memory: memory(spec, &checkpoint, &devices, sample.tokens_max)?,
+        time: time(spec, &checkpoint, &devices, &sample, share)?,
         sample,
     })
 }
 
-fn sample(spec: &JobSpec, plan: &JobPlan, config: &MistralConfig, tokenizer: &TextTokenizer) -> Result<SampleReport> {
+fn sample(batch_tokens: usize, plan: &JobPlan, config: &MistralConfig, tokenizer: &TextTokenizer) -> Result<SampleReport> {
     let count = plan.units.len().min(SAMPLED_UNITS);
     let mut report = SampleReport::default();
     let mut lengths = Vec::new();
@@ -189,7 +192,7 @@ fn sample(spec: &JobSpec, plan: &JobPlan, config: &MistralConfig, tokenizer: &Te
             let real = rows.iter().map(|s| s.input_ids.len() as u64).sum();
             plain += Padding { real_tokens: real, padded_tokens: (longest * rows.len()) as u64 };
         }
-        for batch in Packer::new(spec.max_batch_tokens, 0).pack(sequences) {
+        for batch in Packer::new(batch_tokens, 0).pack(sequences) {
             report.batches += 1;
             packed += Padding { real_tokens: batch.real_tokens() as u64, padded_tokens: batch.padded_tokens() as u64 };
         }
@@ -228,21 +231,32 @@ fn attention_flops(config: &MistralConfig, tokens: usize) -> f64 {
     4.0 * (config.num_hidden_layers * config.num_attention_heads * config.head_dim) as f64 * pairs
 }
 
-fn memory(spec: &JobSpec, checkpoint: &Checkpoint, longest: u64) -> MemoryEstimate {
-    let tokens = spec.max_batch_tokens.max(longest as usize);
+fn memory(spec: &JobSpec, checkpoint: &Checkpoint, devices: &Devices, longest: u64) -> Result<MemoryEstimate> {
+    let tokens = spec.batch_tokens(devices).max(longest as usize);
+    let value_bytes = checkpoint.compute_dtype(devices.first())?.size_in_bytes() as u64;
     let kv_cache_bytes = match &spec.command {
-        CommandSpec::Generate(options) => options.kv_cache_bytes,
+        CommandSpec::Generate(options) => options.kv_cache_bytes.unwrap_or(CPU_KV_CACHE_BYTES),
         _ => 0,
     };
-    MemoryEstimate {
-        weights_bytes: 4 * checkpoint.weights.num_parameters(),
-        activations_bytes: checkpoint.config.activation_bytes(tokens) as u64,
+    Ok(MemoryEstimate {
+        weights_bytes: value_bytes * checkpoint.weights.num_parameters(),
+        activations_bytes: checkpoint.config.activation_bytes(tokens) as u64 * value_bytes / 4,
         kv_cache_bytes,
-    }
+    })
 }
 
-fn time(spec: &JobSpec, checkpoint: &Checkpoint, sample: &SampleReport, share: f64) -> Result<TimeEstimate> {
+fn time(
+    spec: &JobSpec,
+    checkpoint: &Checkpoint,
+    devices: &Devices,
+    sample: &SampleReport,
+    share: f64,
+) -> Result<TimeEstimate> {
     let tokens = (sample.tokens as f64 * share) as u64;
+    if devices.are_cuda() {
+        let basis = "not estimated: the rate of a GPU is not measured here".to_owned();
+        return Ok(TimeEstimate { tokens, seconds_at_least: None, basis });
+    }
     if matches!(spec.command, CommandSpec::Generate(_)) {
         let basis = "not estimated: the lengths of completions are not known".to_owned();
         return Ok(TimeEstimate { tokens, seconds_at_least: None, basis });

@@ -9,13 +9,14 @@ use candle_core::Device;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::devices::Devices;
 use super::generation::GenerateOptions;
 use super::models::ModelCache;
 use super::row_params::RowParams;
 use super::spec::{JobSpec, PromptSpec};
 use super::truth::TruthKind;
 use crate::data::dataset::Dataset;
-use crate::engine::{Engine, generate_fields};
+use crate::engine::{BATCHES_PER_DEVICE, Engine, generate_fields};
 use crate::error::{Error, Result};
 use crate::heads::{
     Aggregation, ClassifyOptions, EmbedOptions, Embedding, Head, Score, SequenceClassification, TagOptions, TaskKind,
@@ -132,19 +133,43 @@ impl CommandSpec {
         }
     }
 
-    /// Loads the command's head, and the model where `models` does not hold it.
+    /// Loads the command's head, and the model where `models` does not hold it, on each of `devices`.
     ///
     /// # Errors
-    /// As [`CommandSpec::fields`], and when weights are unusable.
+    /// As [`CommandSpec::fields`], and when weights are unusable or a device has no memory for them.
     pub fn engine(
         &self,
         spec: &JobSpec,
         checkpoint: &Checkpoint,
         tokenizer: TextTokenizer,
         models: &ModelCache,
-        device: &Device,
+        devices: &Devices,
     ) -> Result<Engine> {
-        let head: Box<dyn Head> = match self {
+        if let Self::Generate(options) = self {
+            let generator = options.generator(checkpoint, spec, &tokenizer, models, devices)?;
+            return Ok(Engine::generating(generator, tokenizer));
+        }
+        let mut engine: Option<Engine> = None;
+        for (replica, device) in devices.iter().enumerate() {
+            let head = self.head(checkpoint, &tokenizer, device)?;
+            let model = models.base(checkpoint, device, replica)?;
+            engine = Some(match engine {
+                None => {
+                    let max_batch_tokens = match spec.max_batch_tokens {
+                        Some(tokens) => tokens,
+                        None => devices.default_batch_tokens().min(model.batch_tokens_that_fit(BATCHES_PER_DEVICE)?),
+                    };
+                    Engine::new(model, head, tokenizer.clone(), max_batch_tokens)
+                }
+                Some(engine) => engine.with_replica(model, head)?,
+            });
+        }
+        engine.ok_or_else(|| Error::Internal("there is no device to compute on".into()))
+    }
+
+    /// Loads the command's head.
+    fn head(&self, checkpoint: &Checkpoint, tokenizer: &TextTokenizer, device: &Device) -> Result<Box<dyn Head>> {
+        Ok(match self {
             Self::Classify(options) => Box::new(SequenceClassification::load(checkpoint, options.clone(), device)?),
             Self::Embed(options) => Box::new(Embedding::new(checkpoint, *options)?),
             Self::Score(options) => {
@@ -154,12 +179,8 @@ impl CommandSpec {
             Self::Tag(options) => {
                 Box::new(TokenClassification::load(checkpoint, options.clone(), tokenizer.clone(), device)?)
             }
-            Self::Generate(options) => {
-                let generator = options.generator(checkpoint, spec, &tokenizer, models, device)?;
-                return Ok(Engine::generating(generator, tokenizer));
-            }
-        };
-        Ok(Engine::new(models.base(checkpoint, device)?, head, tokenizer, spec.max_batch_tokens))
+            Self::Generate(_) => return Err(Error::Internal("a generator has no head".into())),
+        })
     }
 
     /// How results compare with a truth column of type `truth`.

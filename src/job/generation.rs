@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::devices::Devices;
 use super::models::ModelCache;
 use super::row_params::RowParams;
 use super::spec::JobSpec;
@@ -14,12 +15,13 @@ use crate::error::{Error, Result};
 use crate::generation::{Batching, Constraint, GenerationDefaults, Grammar, SamplingParams, SchedulerLimits};
 use crate::model::Checkpoint;
 use crate::text::TextTokenizer;
-use candle_core::Device;
 
-/// Memory for key/value caches when nothing is said, in bytes.
-pub const DEFAULT_KV_CACHE_BYTES: u64 = 2 << 30;
+/// Memory for key/value caches on the CPU when nothing is said, in bytes.
+pub const CPU_KV_CACHE_BYTES: u64 = 2 << 30;
 /// Completions that are live at a time: as many rows as one reading of the weights serves well on a CPU.
 const MAX_LIVE_ROWS: usize = 64;
+/// The same on a CUDA device, beyond which keys and values take longer to read than weights.
+const MAX_CUDA_LIVE_ROWS: usize = 256;
 
 /// Settings of `generate`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -40,9 +42,9 @@ pub struct GenerateOptions {
     pub batching: Batching,
     /// What completions have to be.
     pub grammar: Option<Grammar>,
-    /// Memory for key/value caches, in bytes; it changes no result.
+    /// Memory for key/value caches, in bytes, of each device; what suits it when `None`. It changes no result.
     #[serde(skip)]
-    pub kv_cache_bytes: u64,
+    pub kv_cache_bytes: Option<u64>,
 }
 
 impl GenerateOptions {
@@ -117,25 +119,42 @@ impl GenerateOptions {
         RowParams::new(dataset, column, params, eos_token_ids).map(Some)
     }
 
-    /// Loads the model where `models` does not hold it.
+    /// Loads the model on each of `devices` where `models` does not hold it.
     ///
     /// # Errors
-    /// As [`GenerateOptions::constrained`], and when weights are unusable.
+    /// As [`GenerateOptions::constrained`], and when weights are unusable or a device has no memory for them.
     pub fn generator(
         &self,
         checkpoint: &Checkpoint,
         spec: &JobSpec,
         tokenizer: &TextTokenizer,
         models: &ModelCache,
-        device: &Device,
+        devices: &Devices,
     ) -> Result<Generator> {
         let params = self.constrained(checkpoint, tokenizer)?;
-        let limits = SchedulerLimits {
-            kv_cache_bytes: usize::try_from(self.kv_cache_bytes).unwrap_or(usize::MAX),
-            max_rows: MAX_LIVE_ROWS,
-            prefill_tokens: spec.max_batch_tokens,
-        };
-        let generator = Generator::new(models.causal_lm(checkpoint, device)?, params, self.samples, limits);
-        Ok(generator.with_batching(self.batching))
+        if self.batching == Batching::Static && (devices.are_cuda() || devices.iter().count() > 1) {
+            return Err(Error::Usage(
+                "--batching static, the comparison, computes on the CPU; leave it away, or use --device cpu".into(),
+            ));
+        }
+        let mut generator: Option<Generator> = None;
+        for (replica, device) in devices.iter().enumerate() {
+            let model = models.causal_lm(checkpoint, device, replica)?;
+            let prefill_tokens = spec.batch_tokens(devices);
+            let max_rows = if device.is_cuda() { MAX_CUDA_LIVE_ROWS } else { MAX_LIVE_ROWS };
+            let asked = self.kv_cache_bytes.map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+            let wanted = match asked {
+                Some(bytes) => bytes,
+                None if device.is_cuda() => usize::MAX,
+                None => CPU_KV_CACHE_BYTES as usize,
+            };
+            let kv_cache_bytes = model.reserve_caches(wanted, prefill_tokens, max_rows)?;
+            let limits = SchedulerLimits { kv_cache_bytes, max_rows, prefill_tokens };
+            generator = Some(match generator {
+                None => Generator::new(model, params.clone(), self.samples, limits).with_batching(self.batching),
+                Some(generator) => generator.with_replica(model, limits),
+            });
+        }
+        generator.ok_or_else(|| Error::Internal("there is no device to generate on".into()))
     }
 }

@@ -349,7 +349,7 @@ top_k = 3
         assert_eq!(spec.output, Path::new("/srv/jobs [1]/out-2026-07-01"));
         assert_eq!(spec.inputs, ["/srv/data/tickets.parquet", "/srv/more/*.csv"]);
         assert_eq!(spec.model, "/srv/jobs [1]/models/tickets");
-        assert_eq!((spec.max_batch_tokens, spec.on_existing), (16 << 10, OnExisting::ResumeIfOurs));
+        assert_eq!((spec.max_batch_tokens, spec.on_existing), (Some(16 << 10), OnExisting::ResumeIfOurs));
         assert!(matches!(spec.prompt, PromptSpec::Column(column) if column == "text"), "as without the flag");
         let CommandSpec::Classify(options) = spec.command else { panic!("another command") };
         assert_eq!((options.top_k, options.threshold), (Some(crate::heads::TopK::N(3)), 0.5));

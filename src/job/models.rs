@@ -2,57 +2,48 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::Device;
+use candle_core::{DType, Device, DeviceLocation};
 
 use crate::error::Result;
 use crate::generation::CausalLm;
 use crate::model::{Checkpoint, CheckpointIdentity, MistralModel};
 
-/// The models of the checkpoint that was used last; another checkpoint takes its place, so that memory holds one.
-#[derive(Debug, Default)]
+/// The models of the checkpoint that was used last; another checkpoint, or dtype, takes its place, so that memory holds one.
+#[derive(Default)]
 pub struct ModelCache {
     held: Mutex<Held>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Held {
-    checkpoint: Option<CheckpointIdentity>,
+    checkpoint: Option<(CheckpointIdentity, DType)>,
     /// For heads that read whole sequences.
-    base: Option<Arc<MistralModel>>,
-    /// For generation, whose weights are laid out for single rows.
-    causal_lm: Option<Arc<CausalLm>>,
+    base: Replicas<MistralModel>,
+    /// With the output layer.
+    causal_lm: Replicas<CausalLm>,
     loads: u64,
 }
 
+/// A model for each replica, by its device and its number.
+type Replicas<M> = Vec<((DeviceLocation, usize), Arc<M>)>;
+
 impl ModelCache {
-    /// The base model of a checkpoint, loaded where it is not held.
+    /// The base model of a checkpoint on `device`, loaded where it is not held; `replica` tells models on one device apart.
     ///
     /// # Errors
     /// As [`MistralModel::load`].
-    pub fn base(&self, checkpoint: &Checkpoint, device: &Device) -> Result<Arc<MistralModel>> {
-        self.with(checkpoint, |held| match &held.base {
-            Some(model) => Ok(model.clone()),
-            None => {
-                let model = Arc::new(MistralModel::load(checkpoint, device)?);
-                held.loads += 1;
-                Ok(held.base.insert(model).clone())
-            }
-        })
+    pub fn base(&self, checkpoint: &Checkpoint, device: &Device, replica: usize) -> Result<Arc<MistralModel>> {
+        let load = || MistralModel::load(checkpoint, device);
+        self.get(checkpoint, device, replica, |held| &mut held.base, load)
     }
 
-    /// The causal language model of a checkpoint, loaded where it is not held.
+    /// The causal language model of a checkpoint, as [`ModelCache::base`].
     ///
     /// # Errors
     /// As [`CausalLm::load`].
-    pub fn causal_lm(&self, checkpoint: &Checkpoint, device: &Device) -> Result<Arc<CausalLm>> {
-        self.with(checkpoint, |held| match &held.causal_lm {
-            Some(model) => Ok(model.clone()),
-            None => {
-                let model = Arc::new(CausalLm::load(checkpoint, device)?);
-                held.loads += 1;
-                Ok(held.causal_lm.insert(model).clone())
-            }
-        })
+    pub fn causal_lm(&self, checkpoint: &Checkpoint, device: &Device, replica: usize) -> Result<Arc<CausalLm>> {
+        let load = || CausalLm::load(checkpoint, device);
+        self.get(checkpoint, device, replica, |held| &mut held.causal_lm, load)
     }
 
     /// How often weights were read.
@@ -60,13 +51,27 @@ impl ModelCache {
         self.held.lock().unwrap_or_else(PoisonError::into_inner).loads
     }
 
-    fn with<T>(&self, checkpoint: &Checkpoint, load: impl FnOnce(&mut Held) -> Result<T>) -> Result<T> {
+    fn get<M>(
+        &self,
+        checkpoint: &Checkpoint,
+        device: &Device,
+        replica: usize,
+        kind: impl Fn(&mut Held) -> &mut Replicas<M>,
+        load: impl FnOnce() -> Result<M>,
+    ) -> Result<Arc<M>> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let identity = checkpoint.identity();
+        let identity = (checkpoint.identity(), checkpoint.compute_dtype(device)?);
         if held.checkpoint.as_ref() != Some(&identity) {
-            // The old one goes before the new one comes.
+            // The old ones go before the new one comes.
             *held = Held { checkpoint: Some(identity), loads: held.loads, ..Held::default() };
         }
-        load(&mut held)
+        let place = (device.location(), replica);
+        if let Some((_, model)) = kind(&mut held).iter().find(|(at, _)| *at == place) {
+            return Ok(model.clone());
+        }
+        let model = Arc::new(load()?);
+        held.loads += 1;
+        kind(&mut held).push((place, model.clone()));
+        Ok(model)
     }
 }

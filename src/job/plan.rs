@@ -7,6 +7,7 @@ use std::sync::Arc;
 use arrow::datatypes::{Field, Schema, SchemaRef};
 use serde_json::{Value, json};
 
+use super::devices::Devices;
 use super::prompts::PromptSource;
 use super::row_params::RowParams;
 use super::spec::JobSpec;
@@ -52,7 +53,13 @@ impl JobPlan {
     ///
     /// # Errors
     /// Everything that can be told without computing: see the variants of [`Error`].
-    pub fn new(spec: &JobSpec, checkpoint: &Checkpoint, tokenizer: &TextTokenizer, max_length: usize) -> Result<Self> {
+    pub fn new(
+        spec: &JobSpec,
+        checkpoint: &Checkpoint,
+        tokenizer: &TextTokenizer,
+        max_length: usize,
+        devices: &Devices,
+    ) -> Result<Self> {
         let dataset = Arc::new(Dataset::open(&DatasetOptions {
             inputs: spec.inputs.clone(),
             format: spec.input_format,
@@ -89,12 +96,13 @@ impl JobPlan {
         let planned_rows = units.iter().map(|unit| unit.rows.end - unit.rows.start).sum();
 
         let identity = checkpoint.identity();
-        let settings = json!({
+        let dtype = checkpoint.compute_dtype(devices.first())?.as_str();
+        let mut settings = json!({
             "command": spec.command.name(),
             "options": spec.command.settings(checkpoint)?,
             "checkpoint": to_json(&identity)?,
             "tokenizer_sha256": tokenizer.sha256(),
-            "dtype": "f32",
+            "dtype": dtype,
             "prompt": prompts.settings(),
             "max_length": max_length,
             "overflow": to_json(&spec.overflow())?,
@@ -104,7 +112,11 @@ impl JobPlan {
             "truth_column": spec.truth_column,
             "output_schema": output_schema.fields().iter().map(|f| format!("{}: {}", f.name(), f.data_type())).collect::<Vec<_>>(),
         });
-        let notes = json!({ "model": checkpoint.name, "max_batch_tokens": spec.max_batch_tokens });
+        if devices.are_cuda() {
+            // Another device sums in another order; which of its kind it is changes as little as another CPU.
+            settings["device"] = devices.kind().into();
+        }
+        let notes = json!({ "model": checkpoint.name, "max_batch_tokens": spec.batch_tokens(devices) });
         let stamps: Vec<_> = dataset.files.iter().map(|file| file.stamp()).collect();
         let file = PlanFile::new(settings, notes, to_json(&stamps)?, unit_rows, units.len() as u64, planned_rows);
         let window = checkpoint.config.sliding_window.map_or("none".to_owned(), |window| window.to_string());
@@ -113,7 +125,8 @@ impl JobPlan {
             ("config_sha256".to_owned(), identity.config_sha256),
             ("weights_sha256".to_owned(), identity.weights_sha256),
             ("tokenizer_sha256".to_owned(), tokenizer.sha256().to_owned()),
-            ("dtype".to_owned(), "f32".to_owned()),
+            ("dtype".to_owned(), dtype.to_owned()),
+            ("device".to_owned(), devices.kind().to_owned()),
             ("sliding_window".to_owned(), window),
             ("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
         ]);
@@ -121,18 +134,24 @@ impl JobPlan {
     }
 
     /// What was planned, in words.
-    pub fn describe(&self, checkpoint: &Checkpoint, spec: &JobSpec) -> Vec<String> {
+    pub fn describe(&self, checkpoint: &Checkpoint, spec: &JobSpec, devices: &Devices) -> Vec<String> {
         let config = &checkpoint.config;
         let window = config.sliding_window.map_or("no window".to_owned(), |window| format!("window {window}"));
         vec![
-            format!("{}: {}, {window}, f32 on the CPU", checkpoint.dir.display(), config.architecture.class_name()),
+            format!(
+                "{}: {}, {window}, {} on {}",
+                checkpoint.dir.display(),
+                config.architecture.class_name(),
+                self.footer.get("dtype").map_or("f32", String::as_str),
+                devices.describe()
+            ),
             format!("{} rows in {} file(s)", self.dataset.total_rows(), self.dataset.files.len()),
             format!(
                 "{} rows planned in {} unit(s) of {}, batches of at most {} tokens",
                 self.file.rows,
                 self.units.len(),
                 self.file.unit_rows,
-                spec.max_batch_tokens
+                spec.batch_tokens(devices)
             ),
         ]
     }

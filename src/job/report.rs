@@ -253,6 +253,10 @@ pub struct Timings {
 #[derive(Debug, Clone, Serialize)]
 pub struct RunDetails {
     pub fingerprint: String,
+    /// What computed this run, in words.
+    pub device: String,
+    /// The precision of activations and matrices.
+    pub dtype: String,
     /// Rows of the input that passed `--where` and `--limit`.
     pub rows_in: u64,
     /// Rows of the output; equal to `rows_in`.
@@ -299,8 +303,8 @@ impl RunDetails {
             self.units, self.batches, self.tokens, self.padding_percent
         ));
         lines.push(format!(
-            "{:.1} s, {:.0} tokens/s, model busy {:.0}% of the time",
-            self.timings.total_seconds, self.tokens_per_second, self.model_busy_percent
+            "{:.1} s, {:.0} tokens/s, model busy {:.0}% of the time on {}",
+            self.timings.total_seconds, self.tokens_per_second, self.model_busy_percent, self.device
         ));
         lines.extend(self.truth_line.clone());
         lines.extend(self.audit.as_ref().map(AuditReport::line));

@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use arrow::datatypes::SchemaRef;
-use candle_core::Device;
 use chrono::{SecondsFormat, Utc};
 use serde_json::{Map, Value};
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::control::{Counters, RunControl};
+use super::devices::Devices;
 use super::models::ModelCache;
 use super::pipeline::{self, PipelineTotals};
 use super::plan::JobPlan;
@@ -47,7 +47,7 @@ pub async fn run_sharing(spec: JobSpec, control: Arc<RunControl>, models: Arc<Mo
         }))
         .await?
     };
-    let PlannedJob { checkpoint, tokenizer, plan, target, .. } = job;
+    let PlannedJob { checkpoint, tokenizer, plan, target, devices, .. } = job;
     let hashes = Some(Hashes::new(&plan));
     let nothing_to_do = |finished: SuccessFile| RunReport {
         started_at: started_at.clone(),
@@ -59,14 +59,17 @@ pub async fn run_sharing(spec: JobSpec, control: Arc<RunControl>, models: Arc<Mo
         return Ok(nothing_to_do(finished));
     }
     let plan_seconds = started.elapsed().as_secs_f64();
-    for line in plan.describe(&checkpoint, &spec) {
+    if let Some(notice) = &devices.notice {
+        tracing::warn!("{notice}");
+    }
+    for line in plan.describe(&checkpoint, &spec, &devices) {
         control.notice(line);
     }
     control.check()?;
     // Loaded before the output is touched, so that a checkpoint with bad weights leaves no trace there.
     let engine = {
-        let spec = spec.clone();
-        join(spawn_blocking(move || spec.command.engine(&spec, &checkpoint, tokenizer, &models, &Device::Cpu))).await?
+        let (spec, devices) = (spec.clone(), devices.clone());
+        join(spawn_blocking(move || spec.command.engine(&spec, &checkpoint, tokenizer, &models, &devices))).await?
     };
     let load_seconds = started.elapsed().as_secs_f64() - plan_seconds;
     control.check()?;
@@ -112,6 +115,7 @@ pub async fn run_sharing(spec: JobSpec, control: Arc<RunControl>, models: Arc<Mo
     }
 
     let mut details = details(&plan, &total, this_run, units_resumed);
+    details.device = devices.describe();
     details.timings = Timings { plan_seconds, load_seconds, ..details.timings };
     if let (Some(truth), Some(column)) = (plan.truth, &spec.truth_column) {
         let (line, value) = truth.describe(column, &total.agreement);
@@ -160,6 +164,8 @@ pub(super) struct PlannedJob {
     pub target: OutputTarget,
     /// Tokens of a text at most.
     pub max_length: usize,
+    /// Where it computes.
+    pub devices: Devices,
 }
 
 impl PlannedJob {
@@ -168,12 +174,14 @@ impl PlannedJob {
     /// # Errors
     /// As [`JobPlan::new`], and when the checkpoint cannot be opened.
     pub fn new(spec: &JobSpec) -> Result<Self> {
-        let checkpoint = Checkpoint::open(&spec.model)?;
+        let devices = spec.device.open()?;
+        let checkpoint = Checkpoint::open(&spec.model)?.with_dtype(spec.dtype);
+        checkpoint.compute_dtype(devices.first())?;
         let tokenizer = TextTokenizer::open(&checkpoint.dir, checkpoint.config.vocab_size)?;
         let max_length = max_length(spec, &checkpoint, &tokenizer)?;
         let tokenizer = spec.command.tokenizer(spec, &checkpoint, tokenizer, max_length)?;
-        let plan = Arc::new(JobPlan::new(spec, &checkpoint, &tokenizer, max_length)?);
-        Ok(Self { checkpoint, tokenizer, plan, target: OutputTarget::new(&spec.output), max_length })
+        let plan = Arc::new(JobPlan::new(spec, &checkpoint, &tokenizer, max_length, &devices)?);
+        Ok(Self { checkpoint, tokenizer, plan, target: OutputTarget::new(&spec.output), max_length, devices })
     }
 }
 
@@ -193,9 +201,10 @@ fn max_length(spec: &JobSpec, checkpoint: &Checkpoint, tokenizer: &TextTokenizer
 fn profile_percent(this_run: &PipelineTotals) -> Map<String, Value> {
     let elapsed = this_run.elapsed.as_secs_f64();
     let in_model: f64 = this_run.profile.iter().filter(|(name, _)| *name != "tokenizing").map(|(_, spent)| spent).sum();
-    let rest = ("head_and_sampling", (this_run.busy.as_secs_f64() - in_model).max(0.0));
+    // A CUDA device's parts are not timed, so that there is no rest either.
+    let rest = (in_model > 0.0).then(|| ("head_and_sampling", (this_run.busy.as_secs_f64() - in_model).max(0.0)));
     let percent = |seconds: f64| if elapsed > 0.0 { (1e4 * seconds / elapsed).round() / 100.0 } else { 0.0 };
-    let named = this_run.profile.iter().copied().chain([rest]);
+    let named = this_run.profile.iter().copied().chain(rest);
     named.map(|(name, seconds)| (name.to_owned(), percent(seconds).into())).collect()
 }
 
@@ -204,6 +213,8 @@ fn details(plan: &JobPlan, total: &UnitCounts, this_run: PipelineTotals, units_r
     let share = |amount: f64| if seconds > 0.0 { amount / seconds } else { 0.0 };
     RunDetails {
         fingerprint: plan.file.fingerprint.clone(),
+        device: String::new(),
+        dtype: plan.footer.get("dtype").cloned().unwrap_or_default(),
         rows_in: total.rows,
         rows_out: total.rows,
         rows_null: total.null_rows,

@@ -3,12 +3,11 @@
 use std::path::PathBuf;
 
 use super::command::{CommandSpec, DEFAULT_STRIDE};
+use super::devices::{DeviceChoice, Devices};
 use crate::data::InputFormat;
 use crate::data::sink::OnExisting;
+use crate::model::ComputeDtype;
 use crate::text::Overflow;
-
-/// Padded tokens of a batch on the CPU: enough rows for fast products, little enough memory.
-pub const DEFAULT_MAX_BATCH_TOKENS: usize = 4096;
 
 /// One job: a command over a dataset with a checkpoint.
 #[derive(Debug, Clone)]
@@ -40,8 +39,12 @@ pub struct JobSpec {
     pub overflow: Option<Overflow>,
     /// Tokens that neighbouring chunks share.
     pub stride: Option<usize>,
-    /// Padded tokens of a batch.
-    pub max_batch_tokens: usize,
+    /// Where to compute.
+    pub device: DeviceChoice,
+    /// What to compute in.
+    pub dtype: ComputeDtype,
+    /// Padded tokens of a batch; what suits the device when `None`.
+    pub max_batch_tokens: Option<usize>,
     /// Rows of a unit.
     pub unit_rows: Option<u64>,
     /// Rows that are computed once more at the end, each alone, to see that their company changed nothing.
@@ -73,6 +76,11 @@ impl JobSpec {
             (None, PromptSpec::Column(column)) => vec![column],
             (None, PromptSpec::Template(_) | PromptSpec::Chat { .. }) => Vec::new(),
         }
+    }
+
+    /// Padded tokens of a batch on `devices`.
+    pub fn batch_tokens(&self, devices: &Devices) -> usize {
+        self.max_batch_tokens.unwrap_or_else(|| devices.default_batch_tokens())
     }
 
     /// What happens to a text over the limit.

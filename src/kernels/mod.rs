@@ -4,19 +4,28 @@
 //! `cu_seq_lens` (`[B + 1]`, cumulative, starting with 0) says where each sequence begins. Three sequences of 2, 5
 //! and 1 tokens have `cu_seq_lens = [0, 2, 7, 8]`, and token 3 is the second token of the second sequence.
 //!
-//! Each function is one candle custom op, so that another device adds its own forward beside the CPU's. What a layer
-//! computes goes into buffers that all layers share: most functions write to a tensor that they are given. The plain
-//! computation that they all have to agree with is in [`mod@reference`].
+//! What a layer computes goes into buffers that all layers share: most functions write to a tensor that they are given.
+//! Each runs on the device that its tensors are on. The plain computation that all devices have to agree with is in
+//! [`mod@reference`].
 
 mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_cuda.rs"]
+pub mod cuda;
 mod heads;
+mod ops;
 pub mod reference;
 
 pub use cpu::{
-    KvRing, add_rms_norm, cached_attention, narrowed, pack_gate_up, pack_linear, packed_linear, packed_linear_into,
-    packed_swiglu_into, rms_norm, rotary_embedding, varlen_attention,
+    KvRing, cached_attention, narrowed, pack_gate_up, pack_linear, packed_linear, packed_linear_into, packed_swiglu_into,
 };
 pub use heads::HeadLayout;
+pub use ops::{
+    RotaryAngles, VarlenSequences, add_rms_norm, begin_stream, buffer, host_rows, indices, mean_rows, project, rms_norm,
+    rotary_embedding, select_rows, varlen_attention,
+};
 
 #[cfg(test)]
 mod tests;

@@ -23,13 +23,13 @@ fn random(shape: (usize, usize), seed: u64) -> Result<Tensor> {
 
 fn varlen_attention(qkv: &Tensor, cu_seq_lens: &[u32], heads: HeadLayout, window: Option<usize>) -> Result<Tensor> {
     let context = Tensor::zeros((qkv.dim(0)?, heads.query_width()), DType::F32, &Device::Cpu)?;
-    super::varlen_attention(&context, qkv, cu_seq_lens, heads, window)?;
+    cpu::varlen_attention(&context, qkv, cu_seq_lens, heads, window)?;
     Ok(context)
 }
 
 fn rotary_embedding(qkv: &Tensor, cos: &Tensor, sin: &Tensor, heads: HeadLayout) -> Result<Tensor> {
     let rotated = qkv.copy()?;
-    super::rotary_embedding(&rotated, cos, sin, heads)?;
+    cpu::rotary_embedding(&rotated, cos, sin, heads)?;
     Ok(rotated)
 }
 

@@ -1,21 +1,22 @@
-//! Weight matrices, packed for the products with them.
+//! Weight matrices, as their device multiplies with them.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 
-use crate::kernels;
+use crate::kernels::{self, cuda};
 
-/// A matrix `[out, in]` without bias, in panels: a row's result is the same to the last bit in any company.
+/// A matrix `[out, in]` without bias. On the CPU a row's result is the same to the last bit in any company.
 #[derive(Debug)]
 pub(crate) struct Linear {
-    /// As [`kernels::pack_linear`] packs it.
+    /// On the CPU as [`kernels::pack_linear`] packs it; `[out, in]` on a CUDA device.
     panels: Tensor,
     outputs: usize,
 }
 
 impl Linear {
-    /// Packs `weight [out, in]`, in half precision where that holds every value.
+    /// Keeps `weight [out, in]` as its device needs it; on the CPU in half precision where that holds every value.
     pub(crate) fn new(weight: &Tensor) -> Result<Self> {
-        Ok(Self { panels: kernels::pack_linear(weight)?, outputs: weight.dim(0)? })
+        let panels = if weight.device().is_cuda() { weight.clone() } else { kernels::pack_linear(weight)? };
+        Ok(Self { panels, outputs: weight.dim(0)? })
     }
 
     /// Outputs of a row.
@@ -23,34 +24,70 @@ impl Linear {
         self.outputs
     }
 
-    /// `x [N, in]` times the transposed matrix: `[N, out]`.
+    /// `x [N, in]` times the transposed matrix, in f32: `[N, out]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        kernels::packed_linear(x, &self.panels, self.outputs)
+        match x.device() {
+            Device::Cuda(_) => {
+                let output = kernels::buffer((x.dim(0)?, self.outputs), DType::F32, x.device())?;
+                cuda::product_into(x, &self.panels, &output)?;
+                Ok(output)
+            }
+            _ => kernels::packed_linear(x, &self.panels, self.outputs),
+        }
     }
 
-    /// As [`Linear::forward`], to `output [N, out]`.
+    /// As [`Linear::forward`], to `output [N, out]`, in its dtype.
     pub(crate) fn forward_into(&self, x: &Tensor, output: &Tensor) -> Result<()> {
-        kernels::packed_linear_into(x, &self.panels, output)
+        match x.device() {
+            Device::Cuda(_) => cuda::product_into(x, &self.panels, output),
+            _ => kernels::packed_linear_into(x, &self.panels, output),
+        }
+    }
+
+    /// As [`Linear::forward`], on the host.
+    pub(crate) fn forward_to_host(&self, x: &Tensor) -> Result<Vec<f32>> {
+        let output = self.forward(x)?;
+        match output.device() {
+            Device::Cuda(_) => cuda::Download::begin(&output)?.f32(),
+            _ => output.flatten_all()?.to_vec1(),
+        }
     }
 }
 
 /// The gate and up projections of a feed-forward block, side by side.
 #[derive(Debug)]
 pub(crate) struct GateUp {
-    /// As [`kernels::pack_gate_up`] packs them.
+    /// On the CPU as [`kernels::pack_gate_up`] packs them; `[2·intermediate, in]` on a CUDA device.
     panels: Tensor,
     intermediate: usize,
 }
 
+/// Where the products of [`GateUp`] stand until the activation has read them: `[N, 2·intermediate]` on a CUDA device; the
+/// CPU's product keeps them in its cache.
+#[derive(Debug)]
+pub(crate) struct GateUpScratch(Option<Tensor>);
+
+impl GateUpScratch {
+    /// Memory for `tokens` rows.
+    pub(crate) fn new(tokens: usize, intermediate: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let products = || kernels::buffer((tokens, 2 * intermediate), dtype, device);
+        Ok(Self(device.is_cuda().then(products).transpose()?))
+    }
+}
+
 impl GateUp {
-    /// Packs `weight [2·intermediate, in]`, gate first, in half precision where that holds every value.
+    /// Keeps `weight [2·intermediate, in]`, gate first, as its device needs it.
     pub(crate) fn new(weight: &Tensor) -> Result<Self> {
-        Ok(Self { panels: kernels::pack_gate_up(weight)?, intermediate: weight.dim(0)? / 2 })
+        let panels = if weight.device().is_cuda() { weight.clone() } else { kernels::pack_gate_up(weight)? };
+        Ok(Self { panels, intermediate: weight.dim(0)? / 2 })
     }
 
-    /// `silu(gate) · up` of `x [N, in]`, to `gated [N, intermediate]`.
-    pub(crate) fn forward_into(&self, x: &Tensor, gated: &Tensor) -> Result<()> {
-        kernels::packed_swiglu_into(x, &self.panels, gated)
+    /// `silu(gate) · up` of `x [N, in]`, to `gated [N, intermediate]`; `scratch` has at least N rows.
+    pub(crate) fn forward_into(&self, x: &Tensor, gated: &Tensor, scratch: &GateUpScratch) -> Result<()> {
+        let Some(products) = &scratch.0 else { return kernels::packed_swiglu_into(x, &self.panels, gated) };
+        let products = products.narrow(0, 0, x.dim(0)?)?;
+        cuda::product_into(x, &self.panels, &products)?;
+        cuda::silu_mul(&products, gated)
     }
 
     /// The two products of `x [N, in]` without the activation, gate first: `[N, 2·intermediate]`.

@@ -3,28 +3,38 @@
 //! Jiang et al., "Mistral 7B" (arXiv:2310.06825); numerically transformers' `MistralModel`
 //! (`models/mistral/modeling_mistral.py`, 5.23). Rows come without padding: N tokens of all sequences end to end.
 
+use std::sync::{Arc, Mutex};
+
 use candle_core::{DType, Device, Tensor};
 
-use super::linear::{GateUp, Linear};
+use super::linear::{GateUp, GateUpScratch, Linear};
 use super::profile::{Phase, Profile};
 use super::rotary::RotaryTable;
 use super::{Checkpoint, KvCache, MistralConfig};
 use crate::batch::PackedBatch;
 use crate::error::{Error, Result};
-use crate::kernels;
+use crate::kernels::cuda::{self, BlockPool};
+use crate::kernels::{self, RotaryAngles, VarlenSequences};
+
+/// One part in so many of a CUDA device's memory is not planned with.
+const KEPT_BACK: usize = 16;
 
 /// A loaded MistralModel: token ids in, hidden states out.
 #[derive(Debug)]
 pub struct MistralModel {
     pub(super) config: MistralConfig,
     pub(super) device: Device,
-    /// `[vocab_size, hidden]`, in half precision where that holds every value.
-    embed_tokens: Tensor,
+    /// Of activations, and of matrices on a CUDA device; f32 on the CPU.
+    pub(super) dtype: DType,
+    /// `[vocab_size, hidden]`; on the CPU in half precision where that holds every value.
+    pub(super) embed_tokens: Tensor,
     pub(super) layers: Vec<DecoderLayer>,
-    /// `[hidden]`
+    /// `[hidden]`, in f32 as all norms.
     pub(super) norm: Tensor,
     pub(super) rotary: RotaryTable,
-    profile: Profile,
+    pub(super) profile: Profile,
+    /// Where sequences on a CUDA device keep their keys and values, once there is such a place.
+    pub(super) kv_blocks: Mutex<Option<Arc<BlockPool>>>,
 }
 
 /// One of the model's equal layers. Matrices are `[out, in]`; H query heads, K key/value heads of width D.
@@ -45,25 +55,26 @@ pub(super) struct DecoderLayer {
 }
 
 impl MistralModel {
-    /// Reads the base model's weights; matrices stay in half precision where that holds every value.
+    /// Reads the base model's weights, in the dtype of [`Checkpoint::compute_dtype`]; on the CPU matrices stay in half
+    /// precision where that holds every value.
     ///
     /// # Errors
-    /// [`crate::Error::Config`] when a tensor is missing, misshapen or not finite.
+    /// [`crate::Error::Config`] when a tensor is missing, misshapen or not finite, [`crate::Error::Usage`] when the device
+    /// does not compute in the dtype that was asked for.
     pub fn load(checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
         let config = checkpoint.config.clone();
         let hidden = config.hidden_size;
+        let embed_tokens = checkpoint.base_matrix("embed_tokens.weight", &[config.vocab_size, hidden], device)?;
         Ok(Self {
-            embed_tokens: kernels::narrowed(checkpoint.base_tensor(
-                "embed_tokens.weight",
-                &[config.vocab_size, hidden],
-                device,
-            )?)?,
+            dtype: checkpoint.compute_dtype(device)?,
+            embed_tokens: if device.is_cuda() { embed_tokens } else { kernels::narrowed(embed_tokens)? },
             layers: (0..config.num_hidden_layers)
                 .map(|index| DecoderLayer::load(checkpoint, index, device))
                 .collect::<Result<_>>()?,
             norm: checkpoint.base_tensor("norm.weight", &[hidden], device)?,
             rotary: RotaryTable::new(config.head_dim, config.rope_theta, device),
-            profile: Profile::default(),
+            profile: if device.is_cuda() { Profile::none() } else { Profile::default() },
+            kv_blocks: Mutex::default(),
             device: device.clone(),
             config,
         })
@@ -79,12 +90,47 @@ impl MistralModel {
         &self.device
     }
 
+    /// What it computes in.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Memory for what a pass over `tokens` tokens computes, in bytes.
+    pub fn activation_bytes(&self, tokens: usize) -> usize {
+        let config = &self.config;
+        let heads = config.heads();
+        // The stream with its scratch, twice where the last layer computes few tokens only.
+        let widths = 4 * config.hidden_size + heads.qkv_width() + heads.query_width() + 4 * config.intermediate_size;
+        tokens.saturating_mul(widths * self.dtype.size_in_bytes())
+    }
+
+    /// Bytes of a CUDA device's memory that may be planned with: what the driver reports as free, less a part that fragments
+    /// and libraries take. `None` on the CPU.
+    ///
+    /// # Errors
+    /// When the driver does not tell.
+    pub fn free_bytes(&self) -> Result<Option<usize>> {
+        if !self.device.is_cuda() {
+            return Ok(None);
+        }
+        let (free, total) = cuda::memory_bytes(&self.device)?;
+        Ok(Some(free.saturating_sub(total / KEPT_BACK)))
+    }
+
+    /// Tokens of each of `batches` batches that a CUDA device has memory for at a time; any number on the CPU.
+    ///
+    /// # Errors
+    /// As [`MistralModel::free_bytes`].
+    pub fn batch_tokens_that_fit(&self, batches: usize) -> Result<usize> {
+        Ok(self.free_bytes()?.map_or(usize::MAX, |free| (free / self.activation_bytes(batches)).max(1)))
+    }
+
     /// Where this model's time has gone.
     pub fn profile(&self) -> &Profile {
         &self.profile
     }
 
-    /// Hidden states of every token after the final norm, `[N, hidden]`.
+    /// Hidden states of every token after the final norm, `[N, hidden]`, in the model's dtype.
     ///
     /// # Errors
     /// When a tensor operation fails.
@@ -99,7 +145,7 @@ impl MistralModel {
     /// # Errors
     /// When a tensor operation fails or a position is not among the N tokens.
     pub fn forward_at(&self, batch: &PackedBatch, positions: &[u32]) -> Result<Tensor> {
-        self.run(batch, Some(&Tensor::from_slice(positions, positions.len(), &self.device)?))
+        self.run(batch, Some(&kernels::indices(positions, &self.device)?))
     }
 
     /// Hidden states after the final norm of the last token of each sequence, `[B, hidden]`.
@@ -123,93 +169,115 @@ impl MistralModel {
             }
         }
         let last_tokens: Vec<u32> = batch.cu_seq_lens[1..].iter().map(|end| end - 1).collect();
-        let last_tokens = Tensor::from_vec(last_tokens, caches.len(), &self.device)?;
-        let hidden_states = self.layers_forward(batch, Some(&last_tokens), |index, qkv| {
-            let mut rings: Vec<_> = caches.iter_mut().map(|cache| &mut cache.layers[index]).collect();
-            let (heads, window) = (self.config.heads(), self.config.sliding_window);
-            kernels::cached_attention(qkv, &batch.cu_seq_lens, &past_lens, &mut rings, heads, window)
-        })?;
+        let last_tokens = kernels::indices(&last_tokens, &self.device)?;
+        let hidden_states = match &self.device {
+            Device::Cuda(_) => self.forward_blocks(batch, &past_lens, caches, &last_tokens)?,
+            _ => self.layers_forward(batch, Some(&last_tokens), |index, pass| {
+                let mut rings = caches.iter_mut().map(|cache| cache.ring(index)).collect::<candle_core::Result<Vec<_>>>()?;
+                let (heads, window) = (self.config.heads(), self.config.sliding_window);
+                self.rotate(pass)?;
+                self.profile.time(Phase::Attention, || {
+                    kernels::cached_attention(&pass.qkv, &batch.cu_seq_lens, &past_lens, &mut rings, heads, window)
+                })
+            })?,
+        };
         for (b, cache) in caches.iter_mut().enumerate() {
             cache.advance(batch.range(b).len());
         }
         Ok(hidden_states)
     }
 
-    /// The embeddings of `input_ids [N]`, `[N, hidden]`.
+    /// The embeddings of `input_ids [N]` on the CPU, `[N, hidden]`.
     pub(super) fn embed(&self, input_ids: &Tensor) -> candle_core::Result<Tensor> {
         self.embed_tokens.index_select(input_ids, 0)?.to_dtype(DType::F32)
     }
 
     fn run(&self, batch: &PackedBatch, positions: Option<&Tensor>) -> Result<Tensor> {
         let (heads, window) = (self.config.heads(), self.config.sliding_window);
-        let context = Tensor::zeros((batch.num_tokens(), heads.query_width()), DType::F32, &self.device)?;
-        self.layers_forward(batch, positions, |_, qkv| {
-            kernels::varlen_attention(&context, qkv, &batch.cu_seq_lens, heads, window)?;
-            Ok(context.clone())
+        let context = kernels::buffer((batch.num_tokens(), heads.query_width()), self.dtype, &self.device)?;
+        let sequences = VarlenSequences::new(&batch.cu_seq_lens, window, &self.device)?;
+        self.layers_forward(batch, positions, |_, pass| {
+            self.rotate(pass)?;
+            self.profile.time(Phase::Attention, || {
+                kernels::varlen_attention(&context, &pass.qkv, &sequences, heads, window)?;
+                Ok(context.clone())
+            })
         })
     }
 
-    /// All layers and the final norm; `attend` turns a layer's index and rotated `[N, (H + 2K)·D]` into `[N, H·D]`.
-    fn layers_forward(
+    /// All layers and the final norm; `attend` makes `[N, H·D]` of a layer's index and the pass, whose queries, keys and
+    /// values it has to rotate first.
+    pub(super) fn layers_forward(
         &self,
         batch: &PackedBatch,
         positions: Option<&Tensor>,
-        attend: impl FnMut(usize, &Tensor) -> candle_core::Result<Tensor> + Send,
+        attend: impl FnMut(usize, &Pass) -> candle_core::Result<Tensor> + Send,
     ) -> Result<Tensor> {
-        // On a thread of the pool: a caller from outside would hand over and wait at each of the many short steps.
-        Ok(rayon::scope(|_| self.run_layers(batch, positions, attend))?)
+        let run = || {
+            let input_ids = kernels::indices(&batch.input_ids, &self.device)?;
+            let pass = self.pass(batch.num_tokens(), self.rotary.angles(&batch.position_ids)?)?;
+            let stream =
+                self.profile.time(Phase::Embedding, || kernels::begin_stream(&self.embed_tokens, &input_ids))?;
+            self.run_layers(stream, &pass, positions, attend)
+        };
+        Ok(match &self.device {
+            Device::Cuda(_) => run()?,
+            // On a thread of the pool: a caller from outside would hand over and wait at each of the many short steps.
+            _ => rayon::scope(|_| run())?,
+        })
     }
 
-    fn run_layers(
+    /// What all layers share in passes over `tokens` tokens.
+    pub(super) fn pass(&self, tokens: usize, rotary: RotaryAngles) -> candle_core::Result<Pass> {
+        let (config, device) = (&self.config, &self.device);
+        Ok(Pass {
+            rotary,
+            qkv: kernels::buffer((tokens, config.heads().qkv_width()), self.dtype, device)?,
+            gated: kernels::buffer((tokens, config.intermediate_size), self.dtype, device)?,
+            gate_up: GateUpScratch::new(tokens, config.intermediate_size, self.dtype, device)?,
+        })
+    }
+
+    /// All layers and the final norm over `stream [2, N, hidden]`, whose first half holds embeddings: `[N, hidden]`, or the
+    /// rows at `positions`.
+    pub(super) fn run_layers(
         &self,
-        batch: &PackedBatch,
+        mut stream: Tensor,
+        pass: &Pass,
         positions: Option<&Tensor>,
-        mut attend: impl FnMut(usize, &Tensor) -> candle_core::Result<Tensor>,
+        mut attend: impl FnMut(usize, &Pass) -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Tensor> {
-        let (config, device, tokens) = (&self.config, &self.device, batch.num_tokens());
-        let pass = Pass {
-            config,
-            profile: &self.profile,
-            rotary: self.rotary.gather(&batch.position_ids)?,
-            qkv: Tensor::zeros((tokens, config.heads().qkv_width()), DType::F32, device)?,
-            gated: Tensor::zeros((tokens, config.intermediate_size), DType::F32, device)?,
-        };
-        let mut stream = self.profile.time(Phase::Embedding, || {
-            let input_ids = Tensor::from_slice(&batch.input_ids, tokens, device)?;
-            let hidden_states = self.embed(&input_ids)?;
-            Tensor::stack(&[&hidden_states, &hidden_states], 0) // [2, N, hidden]
-        })?;
-        if let Some(first) = self.layers.first() {
-            pass.norm(|eps| kernels::rms_norm(&stream, &first.input_layernorm, eps))?;
-        } else {
-            pass.norm(|eps| kernels::rms_norm(&stream, &self.norm, eps))?;
-        }
+        let first_norm = self.layers.first().map_or(&self.norm, |first| &first.input_layernorm);
+        self.time_norm(|eps| kernels::rms_norm(&stream, first_norm, eps))?;
         for (index, layer) in self.layers.iter().enumerate() {
             let next = self.layers.get(index + 1);
             let wanted = positions.filter(|_| next.is_none());
             let next_norm = next.map_or(&self.norm, |next| &next.input_layernorm);
-            stream = layer.forward(stream, &pass, wanted, next_norm, |qkv| attend(index, qkv))?;
+            stream = layer.forward(self, stream, pass, wanted, next_norm, |pass| attend(index, pass))?;
         }
         stream.get(1)
+    }
+
+    fn time_norm(&self, norm: impl FnOnce(f64) -> candle_core::Result<()>) -> candle_core::Result<()> {
+        self.profile.time(Phase::Norm, || norm(self.config.rms_norm_eps))
+    }
+
+    /// Rotates the queries and keys of a pass.
+    fn rotate(&self, pass: &Pass) -> candle_core::Result<()> {
+        let rotate = || kernels::rotary_embedding(&pass.qkv, &pass.rotary, self.config.heads());
+        self.profile.time(Phase::Rotary, rotate)
     }
 }
 
 /// What all layers of one pass over N tokens share: each fills the same buffers anew.
-struct Pass<'a> {
-    config: &'a MistralConfig,
-    profile: &'a Profile,
-    /// cos and sin of each token, `[N, D/2]` both.
-    rotary: (Tensor, Tensor),
+pub(super) struct Pass {
+    /// cos and sin of each token.
+    pub(super) rotary: RotaryAngles,
     /// `[N, (H + 2K)·D]`
-    qkv: Tensor,
+    pub(super) qkv: Tensor,
     /// `[N, intermediate]`
     gated: Tensor,
-}
-
-impl Pass<'_> {
-    fn norm(&self, norm: impl FnOnce(f64) -> candle_core::Result<()>) -> candle_core::Result<()> {
-        self.profile.time(Phase::Norm, || norm(self.config.rms_norm_eps))
-    }
+    gate_up: GateUpScratch,
 }
 
 impl DecoderLayer {
@@ -219,11 +287,14 @@ impl DecoderLayer {
         let query = config.num_attention_heads * config.head_dim;
         let key_value = config.num_key_value_heads * config.head_dim;
         let name = |part: &str| format!("layers.{index}.{part}.weight");
+        let dtype = checkpoint.compute_dtype(device)?;
         let tensor = |part: &str, shape: &[usize]| checkpoint.base_tensor(&name(part), shape, device);
-        let matrix = |part: &str, shape: &[usize]| -> Result<Linear> { Ok(Linear::new(&tensor(part, shape)?)?) };
+        let matrix = |part: &str, shape: &[usize]| -> Result<Linear> {
+            Ok(Linear::new(&checkpoint.base_matrix(&name(part), shape, device)?)?)
+        };
         let stacked = |parts: &[(&str, usize)]| {
             let parts: Vec<_> = parts.iter().map(|(part, rows)| (checkpoint.base_name(&name(part)), *rows)).collect();
-            checkpoint.weights.stacked(&parts, hidden, device)
+            checkpoint.weights.stacked(&parts, hidden, dtype, device)
         };
         Ok(Self {
             input_layernorm: tensor("input_layernorm", &[hidden])?,
@@ -243,31 +314,31 @@ impl DecoderLayer {
     /// by what follows.
     fn forward(
         &self,
+        model: &MistralModel,
         mut stream: Tensor,
         pass: &Pass,
         wanted: Option<&Tensor>,
         next_norm: &Tensor,
-        attend: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>,
+        attend: impl FnOnce(&Pass) -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Tensor> {
-        let Pass { config, profile, rotary: (cos, sin), qkv, .. } = pass;
-        profile.time(Phase::QkvProjection, || self.qkv_proj.forward_into(&stream.get(1)?, qkv))?;
-        profile.time(Phase::Rotary, || kernels::rotary_embedding(qkv, cos, sin, config.heads()))?;
-        let mut context = profile.time(Phase::Attention, || attend(qkv))?; // [N, H·D]
+        let profile = &model.profile;
+        profile.time(Phase::QkvProjection, || self.qkv_proj.forward_into(&stream.get(1)?, &pass.qkv))?;
+        let mut context = attend(pass)?; // [N, H·D]
 
         // Attention was the last step that mixes tokens: from here on each is computed alone.
         let mut gated = pass.gated.clone();
         if let Some(positions) = wanted {
-            context = context.index_select(positions, 0)?;
-            let hidden_states = stream.get(0)?.index_select(positions, 0)?;
-            stream = Tensor::stack(&[&hidden_states, &hidden_states], 0)?;
-            gated = Tensor::zeros((positions.dim(0)?, config.intermediate_size), DType::F32, stream.device())?;
+            context = kernels::select_rows(&context, positions)?;
+            stream = kernels::begin_stream(&stream.get(0)?, positions)?;
+            gated = kernels::buffer((positions.dim(0)?, gated.dim(1)?), gated.dtype(), gated.device())?;
         }
         let block = stream.get(1)?;
         profile.time(Phase::OutputProjection, || self.o_proj.forward_into(&context, &block))?;
-        pass.norm(|eps| kernels::add_rms_norm(&stream, &self.post_attention_layernorm, eps))?;
-        profile.time(Phase::GateUpProjection, || self.gate_up_proj.forward_into(&block, &gated))?;
+        model.time_norm(|eps| kernels::add_rms_norm(&stream, &self.post_attention_layernorm, eps))?;
+        profile
+            .time(Phase::GateUpProjection, || self.gate_up_proj.forward_into(&block, &gated, &pass.gate_up))?;
         profile.time(Phase::DownProjection, || self.down_proj.forward_into(&gated, &block))?;
-        pass.norm(|eps| kernels::add_rms_norm(&stream, next_norm, eps))?;
+        model.time_norm(|eps| kernels::add_rms_norm(&stream, next_norm, eps))?;
         Ok(stream)
     }
 }

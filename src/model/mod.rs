@@ -1,7 +1,9 @@
 //! The model: its configuration, its weights on disk, and its forward pass.
 
 mod checkpoint;
+mod compute_dtype;
 mod config;
+mod decode;
 mod hub;
 mod kv_cache;
 mod linear;
@@ -12,7 +14,9 @@ mod rotary;
 mod weights;
 
 pub use checkpoint::{Checkpoint, CheckpointIdentity};
+pub use compute_dtype::ComputeDtype;
 pub use config::{Architecture, MistralConfig, ProblemType};
+pub use decode::DecodeLanes;
 pub use kv_cache::KvCache;
 pub(crate) use linear::Linear;
 pub use mistral::MistralModel;

@@ -4,6 +4,8 @@ use std::sync::RwLock;
 
 use candle_core::{Device, Result, Tensor};
 
+use crate::kernels::{self, RotaryAngles};
+
 /// Tables cos and sin `[positions, D/2]`, grown to the longest row seen.
 ///
 /// Su et al., "RoFormer" (arXiv:2104.09864), with the half-split pairing and the f32 rounding of transformers'
@@ -34,6 +36,28 @@ impl RotaryTable {
         let (cos, sin) = self.tables(positions)?;
         let index = Tensor::from_slice(position_ids, position_ids.len(), &self.device)?;
         Ok((cos.index_select(&index, 0)?, sin.index_select(&index, 0)?))
+    }
+
+    /// What rotates tokens at `position_ids [N]`, as the device needs it.
+    ///
+    /// # Errors
+    /// As [`RotaryTable::gather`].
+    pub fn angles(&self, position_ids: &[u32]) -> Result<RotaryAngles> {
+        if !self.device.is_cuda() {
+            let (cos, sin) = self.gather(position_ids)?;
+            return Ok(RotaryAngles { cos, sin, positions: None });
+        }
+        let longest = position_ids.iter().max().map_or(0, |&p| p as usize) + 1;
+        self.angles_at(kernels::indices(position_ids, &self.device)?, longest)
+    }
+
+    /// What rotates tokens at `positions [N]`, which are below `longest`, on a CUDA device.
+    ///
+    /// # Errors
+    /// As [`RotaryTable::gather`].
+    pub(super) fn angles_at(&self, positions: Tensor, longest: usize) -> Result<RotaryAngles> {
+        let (cos, sin) = self.tables(longest)?;
+        Ok(RotaryAngles { cos, sin, positions: Some(positions) })
     }
 
     fn tables(&self, positions: usize) -> Result<(Tensor, Tensor)> {

@@ -19,8 +19,10 @@ use crate::text::{ChatTemplate, Overflow, TextTokenizer};
 const CHUNK_OVERLAP_TOKENS: usize = 64;
 
 /// How models compute; it changes no result beyond rounding.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct RegistryOptions {
+    /// Where models compute, as [`crate::kernels::cuda::open`] or [`Device::Cpu`] gives it.
+    pub device: Device,
     /// Padded tokens of a batch.
     pub max_batch_tokens: usize,
     /// Memory for the keys and values of one query's live completions, in bytes.
@@ -30,7 +32,7 @@ pub struct RegistryOptions {
 impl Default for RegistryOptions {
     /// As the commands' defaults.
     fn default() -> Self {
-        Self { max_batch_tokens: 4096, kv_cache_bytes: 2 << 30 }
+        Self { device: Device::Cpu, max_batch_tokens: 4096, kv_cache_bytes: 2 << 30 }
     }
 }
 
@@ -76,7 +78,7 @@ impl ModelRegistry {
             name: name.to_owned(),
             checkpoint,
             tokenizer,
-            options: self.options,
+            options: self.options.clone(),
             device: self.device.clone(),
             progress: self.progress.clone(),
             base: Mutex::default(),
@@ -182,7 +184,7 @@ impl SqlModel {
     /// # Errors
     /// [`Error::Config`] when weights are unusable.
     pub fn base(&self) -> Result<Arc<MistralModel>> {
-        once(&self.base, || MistralModel::load(&self.checkpoint, &Device::Cpu))
+        once(&self.base, || MistralModel::load(&self.checkpoint, &self.options.device))
     }
 
     /// The model for generating, loaded at the first call.
@@ -190,7 +192,7 @@ impl SqlModel {
     /// # Errors
     /// [`Error::Config`] when weights are unusable.
     pub fn causal(&self) -> Result<Arc<CausalLm>> {
-        once(&self.causal, || CausalLm::load(&self.checkpoint, &Device::Cpu))
+        once(&self.causal, || CausalLm::load(&self.checkpoint, &self.options.device))
     }
 
     /// The engine of a call, loaded at the first one; this can take long.

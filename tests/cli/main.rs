@@ -1,6 +1,7 @@
 //! The program as its users run it: the real binary, real files, exit codes and messages.
 
 mod constrained;
+mod devices;
 mod errors;
 mod eval;
 mod formats;

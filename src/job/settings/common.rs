@@ -9,7 +9,8 @@ use super::values::{Count, count};
 use super::{Job, MessageSettings};
 use crate::data::format::InputFormat;
 use crate::data::sink::OnExisting;
-use crate::job::{CommandSpec, DEFAULT_MAX_BATCH_TOKENS, JobSpec, PromptSpec};
+use crate::job::{CommandSpec, DeviceChoice, JobSpec, PromptSpec};
+use crate::model::ComputeDtype;
 use crate::text::Overflow;
 
 #[derive(Debug, Clone, Args, JsonSchema)]
@@ -88,19 +89,19 @@ pub struct CommonSettings {
     #[arg(long, value_name = "TOKENS", help_heading = "Model")]
     stride: Option<usize>,
 
-    /// Precision of the computation; checkpoints stored in half precision are computed in f32
+    /// Precision of the computation; sums, norms and logits are in f32 whatever it is
     #[arg(long, value_enum, value_name = "DTYPE", default_value = "auto", help_heading = "Model")]
     dtype: DtypeArg,
 
-    /// Where to compute
-    #[arg(long, value_name = "auto|cpu", default_value = "auto", help_heading = "Model")]
-    device: String,
+    /// Where to compute: several GPUs share the work. auto is the first GPU, if this build can use one and it answers
+    #[arg(long, value_name = "auto|cpu|cuda:0[,cuda:1…]", default_value = "auto", help_heading = "Model")]
+    #[schemars(with = "String")]
+    device: DeviceChoice,
 
-    /// Tokens of a batch, padding included; accepts 16k
-    #[arg(long, visible_alias = "max-num-batched-tokens", value_name = "TOKENS", value_parser = count,
-        default_value_t = DEFAULT_MAX_BATCH_TOKENS as u64, help_heading = "Running")]
-    #[schemars(with = "Count")]
-    max_batch_tokens: u64,
+    /// Tokens of a batch, padding included; accepts 16k [default: 4096 on the CPU, 16384 on a GPU]
+    #[arg(long, visible_alias = "max-num-batched-tokens", value_name = "TOKENS", value_parser = count, help_heading = "Running")]
+    #[schemars(with = "Option<Count>")]
+    max_batch_tokens: Option<u64>,
 
     /// Rows of a unit, which is committed as a whole [default: 4096, more for very large inputs]
     #[schemars(range(min = 1))]
@@ -158,9 +159,13 @@ enum OverflowArg {
 #[derive(Debug, Clone, Copy, ValueEnum, JsonSchema)]
 #[schemars(rename_all = "kebab-case")]
 enum DtypeArg {
-    /// What the device computes best: f32 on the CPU
+    /// f32 on the CPU; on a GPU what most of the checkpoint is stored in
     Auto,
     F32,
+    /// On a GPU only
+    F16,
+    /// On a GPU only
+    Bf16,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, ValueEnum, JsonSchema)]
@@ -190,12 +195,7 @@ impl CommonSettings {
 
     /// The job of these settings and a command's own.
     pub(super) fn into_job(self, command: CommandSpec) -> Job {
-        // Every precision offered is f32 on the CPU; the match makes a new one come by here.
-        match self.dtype {
-            DtypeArg::Auto | DtypeArg::F32 => {}
-        }
         Job {
-            device: self.device.clone(),
             threads: self.threads,
             dry_run: self.dry_run,
             messages: self.messages.clone(),
@@ -234,7 +234,14 @@ impl CommonSettings {
                 OverflowArg::Error => Overflow::Error,
             }),
             stride: self.stride,
-            max_batch_tokens: self.max_batch_tokens as usize,
+            device: self.device,
+            dtype: match self.dtype {
+                DtypeArg::Auto => ComputeDtype::Auto,
+                DtypeArg::F32 => ComputeDtype::F32,
+                DtypeArg::F16 => ComputeDtype::F16,
+                DtypeArg::Bf16 => ComputeDtype::Bf16,
+            },
+            max_batch_tokens: self.max_batch_tokens.map(|tokens| tokens as usize),
             unit_rows: self.unit_rows,
             audit: self.audit,
             max_errors: if self.on_error == OnErrorArg::Fail { Some(0) } else { self.max_errors },

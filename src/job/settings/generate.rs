@@ -11,7 +11,7 @@ use super::values::{Count, count};
 use super::{Job, MessageSettings};
 use crate::error::{Error, Result};
 use crate::generation::{Batching, Grammar, SamplingParams};
-use crate::job::{CommandSpec, DEFAULT_KV_CACHE_BYTES, GenerateOptions};
+use crate::job::{CommandSpec, GenerateOptions};
 
 /// Complete each prompt with a MistralForCausalLM checkpoint.
 ///
@@ -125,10 +125,10 @@ pub struct GenerateSettings {
     #[arg(long, value_enum, value_name = "HOW", default_value = "in-flight", help_heading = "Running")]
     batching: BatchingArg,
 
-    /// Memory for keys and values of live completions, in bytes; accepts 512M and 2G
-    #[arg(long, value_name = "BYTES", value_parser = count, default_value_t = DEFAULT_KV_CACHE_BYTES, help_heading = "Running")]
-    #[schemars(with = "Count")]
-    kv_cache_memory: u64,
+    /// Memory for keys and values of live completions, in bytes; accepts 512M [default: 2G on the CPU, what is free on a GPU]
+    #[arg(long, value_name = "BYTES", value_parser = count, help_heading = "Running")]
+    #[schemars(with = "Option<Count>")]
+    kv_cache_memory: Option<u64>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum, JsonSchema)]

@@ -42,8 +42,6 @@ pub enum JobSettings {
 #[derive(Debug, Clone)]
 pub struct Job {
     pub spec: JobSpec,
-    /// `auto`, `cpu`, or what no build of this program has.
-    pub device: String,
     /// Threads to compute with; all cores when `None`.
     pub threads: Option<u64>,
     /// Check, and compute nothing.

@@ -10,14 +10,12 @@ use super::{contiguous, contiguous_mut, rows_per_task};
 /// the sum is the same on every CPU.
 const PARTIAL_SUMS: usize = 64;
 
-/// Norms the residual stream: `stream [2, N, D]` holds `x [N, D]` and becomes `x` and `x / sqrt(mean(x²) + eps) · weight`.
-///
-/// The second half is scratch for what a block of the model computes beside the stream; sums are in f32.
+/// As [`crate::kernels::rms_norm`].
 pub fn rms_norm(stream: &Tensor, weight: &Tensor, eps: f64) -> Result<()> {
     stream.inplace_op2(weight, &StreamNorm { eps: eps as f32, add: false })
 }
 
-/// Adds a block's result and norms in one pass: `stream [2, N, D]` of `x` and `y` becomes `x + y` and the norm of that.
+/// As [`crate::kernels::add_rms_norm`].
 pub fn add_rms_norm(stream: &Tensor, weight: &Tensor, eps: f64) -> Result<()> {
     stream.inplace_op2(weight, &StreamNorm { eps: eps as f32, add: true })
 }

@@ -19,6 +19,7 @@ const THREADS: u32 = 128;
 /// The memory of a device's key/value caches, in blocks of 256 tokens of every layer.
 ///
 /// A sequence takes all blocks of its life when it begins: nothing grows, so nothing can get stuck half-way.
+#[derive(Debug)]
 pub struct BlockPool {
     heads: HeadLayout,
     dtype: DType,
@@ -29,6 +30,7 @@ pub struct BlockPool {
 }
 
 /// One sequence's blocks; position p stands at slot `p mod capacity`, slot s in block `s / 256`.
+#[derive(Debug)]
 pub struct BlockTable {
     pool: Arc<BlockPool>,
     blocks: Vec<u32>,
@@ -36,6 +38,7 @@ pub struct BlockTable {
 }
 
 /// What a pass over new tokens needs to know of their sequences.
+#[derive(Debug)]
 pub struct CacheBatch {
     /// Each token's place in `block_tables`, `[N]`.
     token_sequences: Tensor,
@@ -277,6 +280,14 @@ pub fn rotary_cache_write(
     )
 }
 
+/// Shared memory of `decode_attention`, which stages the keys and values of a split where a row of them fills whole vectors.
+fn decode_shared_bytes(head_dim: usize, dtype: DType) -> u32 {
+    match head_dim * dtype.size_in_bytes() {
+        row_bytes @ (128 | 256) => (2 * SPLIT_TOKENS * row_bytes) as u32,
+        _ => 0,
+    }
+}
+
 /// Attention of the decoding tokens over what `layer` of their caches holds, themselves included, to their rows of `context`.
 pub fn decode_attention(
     context: &Tensor,
@@ -300,7 +311,7 @@ pub fn decode_attention(
     launch!(
         runtime,
         &format!("decode_attention_{}", suffix(pool.dtype)?),
-        grid(batch.num_splits, heads.num_kv_heads, decoding, THREADS, 0),
+        grid(batch.num_splits, heads.num_kv_heads, decoding, THREADS, decode_shared_bytes(heads.head_dim, pool.dtype)),
         buffer_of(qkv, pool.dtype)?,
         buffer_of(keys, pool.dtype)?,
         buffer_of(values, pool.dtype)?,
@@ -312,6 +323,7 @@ pub fn decode_attention(
         buffer_of(&batch.block_tables, DType::U32)?,
         buffer_of(&batch.capacities, DType::U32)?,
         batch.max_blocks as u32,
+        batch.num_splits as u32,
         heads.num_heads as u32,
         heads.num_kv_heads as u32,
         heads.head_dim as u32,

@@ -14,9 +14,12 @@ pub use ops::{
     AttentionTiles, add_rms_norm, advance_positions, argmax_logprob, gather_rows, gather_rows_into, mean_pool, rms_norm,
     rotary_embedding, silu_mul, target_logprobs, to_f32, varlen_attention,
 };
-pub use runtime::{Download, is_out_of_memory, memory_bytes, name, open, uninitialized, upload, upload_to};
+pub use runtime::{Download, memory_bytes, name, open, uninitialized, upload, upload_to};
 
 use candle_core::{Result, Tensor};
+
+/// Whether this build has these kernels.
+pub const IS_BUILT: bool = true;
 
 /// `x [N, in]` times the transposed `weight [out, in]`, to `output [N, out]`, which may be f32 whatever the others are.
 pub fn product_into(x: &Tensor, weight: &Tensor, output: &Tensor) -> Result<()> {

@@ -13,6 +13,8 @@ const LOGIT_THREADS: u32 = 512;
 const VALUES_PER_BLOCK: usize = 2048;
 /// Queries of a tile of attention.
 const TILE_QUERIES: usize = 64;
+/// Keys of a step of the attention without tensor cores.
+const PLAIN_TILE_KEYS: usize = 16;
 /// The window of a kernel that has none.
 const NO_WINDOW: u32 = u32::MAX;
 
@@ -182,6 +184,7 @@ pub fn silu_mul(gate_up: &Tensor, gated: &Tensor) -> Result<()> {
 }
 
 /// The work list of attention within fresh sequences: a tile is 64 consecutive queries of one of them.
+#[derive(Debug)]
 pub struct AttentionTiles {
     /// `[tiles, 4]`: a tile's sequence from its first token to one past its last, and the tile's first query.
     tiles: Tensor,
@@ -258,14 +261,9 @@ pub fn varlen_attention(
     )
 }
 
-/// Shared memory of `varlen_attention`: a tile of queries and one each of keys and values with padded rows, and their scores.
+/// Shared memory of `varlen_attention`: tiles of 64 queries and 16 keys, and sums.
 fn plain_shared_bytes(head_dim: usize) -> u32 {
-    let key_tile = match head_dim {
-        ..=64 => 64,
-        65..=128 => 32,
-        _ => 16,
-    };
-    (size_of::<f32>() * ((TILE_QUERIES + 2 * key_tile) * (head_dim + 1) + TILE_QUERIES * (key_tile + 1))) as u32
+    (size_of::<f32>() * ((TILE_QUERIES + PLAIN_TILE_KEYS) * head_dim + 32)) as u32
 }
 
 /// The first of each row's largest logits `[B, V]` (f32), to `tokens [B]` (u32), and its log-probability, to `logprobs [B]`

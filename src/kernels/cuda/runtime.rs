@@ -29,6 +29,9 @@ const STAGING_BYTES: usize = 1 << 16;
 
 static RUNTIMES: LazyLock<RwLock<HashMap<DeviceId, Arc<Runtime>>>> = LazyLock::new(RwLock::default);
 
+/// The devices that were opened, by number: each is opened once.
+static OPENED: LazyLock<Mutex<HashMap<usize, Device>>> = LazyLock::new(Mutex::default);
+
 /// What belongs to one opened device.
 pub(super) struct Runtime {
     pub device: CudaDevice,
@@ -62,6 +65,16 @@ pub(super) struct Buffer {
 /// # Errors
 /// When no driver or no such device answers, or it cannot run the embedded kernels.
 pub fn open(ordinal: usize) -> Result<Device> {
+    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(device) = opened.get(&ordinal) {
+        return Ok(device.clone());
+    }
+    let device = start(ordinal)?;
+    opened.insert(ordinal, device.clone());
+    Ok(device)
+}
+
+fn start(ordinal: usize) -> Result<Device> {
     let device = Device::new_cuda_with_stream(ordinal)?;
     let Device::Cuda(cuda) = &device else { bail!("device {ordinal} is none of CUDA") };
     let stream = cuda.cuda_stream();
@@ -357,23 +370,5 @@ impl Drop for Download {
         if let Some(staging) = self.staging.take() {
             self.runtime.give_back(staging); // not used again before its copy is complete
         }
-    }
-}
-
-/// Whether the device had no memory for what was asked.
-pub fn is_out_of_memory(error: &candle_core::Error) -> bool {
-    use candle_core::Error;
-    use candle_core::cuda_backend::CudaError;
-    use cudarc::cublas::sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED;
-    match error {
-        Error::Cuda(error) => match error.downcast_ref::<CudaError>() {
-            Some(CudaError::Cuda(error)) => error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY,
-            Some(CudaError::Cublas(error)) => error.0 == CUBLAS_STATUS_ALLOC_FAILED,
-            _ => false,
-        },
-        Error::WithBacktrace { inner, .. } => is_out_of_memory(inner),
-        Error::Context { inner, .. } => is_out_of_memory(inner),
-        Error::WithPath { inner, .. } => is_out_of_memory(inner),
-        _ => false,
     }
 }

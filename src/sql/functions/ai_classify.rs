@@ -60,7 +60,7 @@ pub(super) fn check_labels(function: &str, model: &SqlModel) -> Result<()> {
 
 /// An engine with the sequence classification head.
 pub(super) fn classifier(model: &SqlModel, options: ClassifyOptions) -> Result<Engine> {
-    let head = SequenceClassification::load(model.checkpoint(), options, &candle_core::Device::Cpu)?;
+    let head = SequenceClassification::load(model.checkpoint(), options, &model.options().device)?;
     let tokenizer = model.limited_tokenizer(model.tokenizer().clone(), Overflow::TruncateRight)?;
     Ok(Engine::new(model.base()?, Box::new(head), tokenizer, model.options().max_batch_tokens))
 }

@@ -122,18 +122,17 @@ impl ModelFunction for AiGenerate {
     }
 
     fn engine(&self, model: &SqlModel, options: &CallOptions) -> Result<Engine> {
-        let limits = SchedulerLimits {
-            kv_cache_bytes: model.options().kv_cache_bytes,
-            max_rows: MAX_LIVE_ROWS,
-            prefill_tokens: model.options().max_batch_tokens,
-        };
         let tokenizer = model.limited_tokenizer(model.tokenizer().clone(), Overflow::TruncateLeft)?;
         let mut params = sampling_params(model, options)?;
         if let Some(grammar) = grammar(options)? {
             let constraint = Constraint::compile(grammar.clone(), &tokenizer.token_bytes()?);
             params.constraint = Some(constraint.map_err(|message| wrong_grammar(&grammar, &message))?);
         }
-        let generator = Generator::new(model.causal()?, params, 1, limits);
+        let (max_rows, prefill_tokens) = (MAX_LIVE_ROWS, model.options().max_batch_tokens);
+        let causal = model.causal()?;
+        let kv_cache_bytes = causal.reserve_caches(model.options().kv_cache_bytes, prefill_tokens, max_rows)?;
+        let limits = SchedulerLimits { kv_cache_bytes, max_rows, prefill_tokens };
+        let generator = Generator::new(causal, params, 1, limits);
         Ok(Engine::generating(generator, tokenizer))
     }
 

@@ -4,7 +4,6 @@
 
 use arrow::array::{ArrayRef, RecordBatch};
 use arrow::datatypes::DataType;
-use candle_core::Device;
 
 use super::{CallOptions, ModelFunction, column};
 use crate::engine::Engine;
@@ -28,7 +27,7 @@ impl ModelFunction for AiLogprob {
     }
 
     fn engine(&self, model: &SqlModel, _: &CallOptions) -> Result<Engine> {
-        let head = Score::load(model.checkpoint(), None, &Device::Cpu)?;
+        let head = Score::load(model.checkpoint(), None, &model.options().device)?;
         let tokenizer = model.limited_tokenizer(model.tokenizer().clone(), Overflow::TruncateRight)?;
         Ok(Engine::new(model.base()?, Box::new(head), tokenizer, model.options().max_batch_tokens))
     }

@@ -4,7 +4,6 @@
 
 use arrow::array::{ArrayRef, RecordBatch};
 use arrow::datatypes::DataType;
-use candle_core::Device;
 
 use super::{CallOptions, ModelFunction, column};
 use crate::engine::Engine;
@@ -56,7 +55,7 @@ impl ModelFunction for AiTag {
     fn engine(&self, model: &SqlModel, options: &CallOptions) -> Result<Engine> {
         let tokenizer = model.limited_tokenizer(model.tokenizer().clone().with_spans(), Overflow::Chunk)?;
         let head =
-            TokenClassification::load(model.checkpoint(), tag_options(options)?, tokenizer.clone(), &Device::Cpu)?;
+            TokenClassification::load(model.checkpoint(), tag_options(options)?, tokenizer.clone(), &model.options().device)?;
         Ok(Engine::new(model.base()?, Box::new(head), tokenizer, model.options().max_batch_tokens))
     }
 
