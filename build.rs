@@ -32,7 +32,10 @@ fn compile(image: &Path) -> Result<(), String> {
     }
     command.arg("-o").arg(image).arg(Path::new(SOURCES).join("kernels.cu"));
     let output = command.output().map_err(|error| {
-        format!("the cuda feature needs NVIDIA's compiler, but {} does not start: {error}; set CUDA_HOME", nvcc.display())
+        format!(
+            "the cuda feature needs NVIDIA's compiler, but {} does not start: {error}; set CUDA_HOME",
+            nvcc.display()
+        )
     })?;
     if output.status.success() {
         return Ok(());

@@ -420,7 +420,8 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
     /// Whether [`Scheduler::admit`] would begin a request, or a sample of a prompt can begin.
     fn can_begin(&self) -> bool {
         let free_bytes = self.limits.kv_cache_bytes - self.kv_cache_bytes;
-        let least = self.lock_queue().requests.last_key_value().map(|((Reverse(len), _), _)| self.model.cache_bytes(*len));
+        let least =
+            self.lock_queue().requests.last_key_value().map(|((Reverse(len), _), _)| self.model.cache_bytes(*len));
         self.has_room() && least.is_some_and(|least| least <= free_bytes)
     }
 
@@ -430,7 +431,8 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
         let free_rows = max_rows.saturating_sub(self.live.len());
         let free_bytes = self.limits.kv_cache_bytes - self.kv_cache_bytes;
         let enough = |share: usize| {
-            free_rows.saturating_mul(share) >= max_rows && free_bytes.saturating_mul(share) >= self.limits.kv_cache_bytes
+            free_rows.saturating_mul(share) >= max_rows
+                && free_bytes.saturating_mul(share) >= self.limits.kv_cache_bytes
         };
         free_rows > 0 && (self.live.is_empty() || self.model.refill_share().is_none_or(enough))
     }
@@ -777,8 +779,11 @@ mod tests {
             fn cache_bytes(&self, max_len: usize) -> usize {
                 max_len
             }
-            fn new_cache(&self, max_len: usize) -> FakeCache {
+            fn new_cache(&self, max_len: usize) -> Result<FakeCache> {
                 self.0.new_cache(max_len)
+            }
+            fn fork_cache(&self, cache: &FakeCache) -> Result<FakeCache> {
+                self.0.fork_cache(cache)
             }
             fn step(&self, batch: &PackedBatch, caches: &mut [&mut FakeCache]) -> Result<Vec<f32>> {
                 let mut logits = self.0.step(batch, caches)?;

@@ -150,7 +150,12 @@ pub fn check(spec: &JobSpec) -> Result<CheckReport> {
     })
 }
 
-fn sample(batch_tokens: usize, plan: &JobPlan, config: &MistralConfig, tokenizer: &TextTokenizer) -> Result<SampleReport> {
+fn sample(
+    batch_tokens: usize,
+    plan: &JobPlan,
+    config: &MistralConfig,
+    tokenizer: &TextTokenizer,
+) -> Result<SampleReport> {
     let count = plan.units.len().min(SAMPLED_UNITS);
     let mut report = SampleReport::default();
     let mut lengths = Vec::new();

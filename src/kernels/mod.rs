@@ -19,12 +19,13 @@ mod ops;
 pub mod reference;
 
 pub use cpu::{
-    KvRing, cached_attention, narrowed, pack_gate_up, pack_linear, packed_linear, packed_linear_into, packed_swiglu_into,
+    KvRing, cached_attention, narrowed, pack_gate_up, pack_linear, packed_linear, packed_linear_into,
+    packed_swiglu_into,
 };
 pub use heads::HeadLayout;
 pub use ops::{
-    RotaryAngles, VarlenSequences, add_rms_norm, begin_stream, buffer, host_rows, indices, mean_rows, project, rms_norm,
-    rotary_embedding, select_rows, varlen_attention,
+    RotaryAngles, VarlenSequences, add_rms_norm, begin_stream, buffer, host_rows, indices, mean_rows, project,
+    rms_norm, rotary_embedding, select_rows, varlen_attention,
 };
 
 #[cfg(test)]

@@ -173,7 +173,8 @@ impl MistralModel {
         let hidden_states = match &self.device {
             Device::Cuda(_) => self.forward_blocks(batch, &past_lens, caches, &last_tokens)?,
             _ => self.layers_forward(batch, Some(&last_tokens), |index, pass| {
-                let mut rings = caches.iter_mut().map(|cache| cache.ring(index)).collect::<candle_core::Result<Vec<_>>>()?;
+                let mut rings =
+                    caches.iter_mut().map(|cache| cache.ring(index)).collect::<candle_core::Result<Vec<_>>>()?;
                 let (heads, window) = (self.config.heads(), self.config.sliding_window);
                 self.rotate(pass)?;
                 self.profile.time(Phase::Attention, || {
@@ -335,8 +336,7 @@ impl DecoderLayer {
         let block = stream.get(1)?;
         profile.time(Phase::OutputProjection, || self.o_proj.forward_into(&context, &block))?;
         model.time_norm(|eps| kernels::add_rms_norm(&stream, &self.post_attention_layernorm, eps))?;
-        profile
-            .time(Phase::GateUpProjection, || self.gate_up_proj.forward_into(&block, &gated, &pass.gate_up))?;
+        profile.time(Phase::GateUpProjection, || self.gate_up_proj.forward_into(&block, &gated, &pass.gate_up))?;
         profile.time(Phase::DownProjection, || self.down_proj.forward_into(&gated, &block))?;
         model.time_norm(|eps| kernels::add_rms_norm(&stream, next_norm, eps))?;
         Ok(stream)

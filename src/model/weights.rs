@@ -142,13 +142,7 @@ impl Weights {
     ///
     /// # Errors
     /// As [`Weights::tensor_as`].
-    pub fn stacked(
-        &self,
-        parts: &[(String, usize)],
-        columns: usize,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Tensor> {
+    pub fn stacked(&self, parts: &[(String, usize)], columns: usize, dtype: DType, device: &Device) -> Result<Tensor> {
         let rows = parts.iter().map(|(_, rows)| rows).sum::<usize>();
         let mut values = vec![0f32; rows * columns];
         let mut rest = &mut values[..];
@@ -322,7 +316,7 @@ mod tests {
             let tensor = weights.tensor(name, &[1, 2], &Device::Cpu).unwrap();
             assert_eq!(tensor.to_vec2::<f32>().unwrap(), [[1.5, -2.0]]);
         }
-        let stacked = weights.stacked(&[("a".into(), 1), ("c".into(), 1)], 2, &Device::Cpu).unwrap();
+        let stacked = weights.stacked(&[("a".into(), 1), ("c".into(), 1)], 2, DType::F32, &Device::Cpu).unwrap();
         assert_eq!(stacked.to_vec2::<f32>().unwrap(), [[1.5, -2.0], [1.5, -2.0]]);
         assert_eq!(weights.num_parameters(), 6);
     }

@@ -27,8 +27,21 @@ fn two_replicas_complete_from_one_queue() {
     let input = scratch.texts("in.parquet", rows.iter().map(|row| Some(row.as_str())));
     let model = checkpoint("lm-window");
     let generate = [
-        "generate", "-i", &input, "--model", &model, "--max-tokens", "12", "--temperature", "0.7", "--n", "2",
-        "--max-batch-tokens", "64", "--unit-rows", "25",
+        "generate",
+        "-i",
+        &input,
+        "--model",
+        &model,
+        "--max-tokens",
+        "12",
+        "--temperature",
+        "0.7",
+        "--n",
+        "2",
+        "--max-batch-tokens",
+        "64",
+        "--unit-rows",
+        "25",
     ];
     let one = lines("cpu", &generate);
     assert_eq!(one, lines("cpu,cpu", &generate));
@@ -51,7 +64,8 @@ fn half_precision_needs_a_gpu() {
     let (model, input) = tickets();
     let scratch = Scratch::new();
     let output = scratch.arg("out");
-    let message = fail(64, &["classify", "-i", &input, "-o", &output, "--model", &model, "--device", "cpu", "--dtype", "bf16"]);
+    let message =
+        fail(64, &["classify", "-i", &input, "-o", &output, "--model", &model, "--device", "cpu", "--dtype", "bf16"]);
     assert!(message.contains("f32") && message.contains("--device cuda:0"), "{message}");
     assert!(!scratch.path("out").exists());
 }

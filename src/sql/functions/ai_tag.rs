@@ -54,8 +54,12 @@ impl ModelFunction for AiTag {
 
     fn engine(&self, model: &SqlModel, options: &CallOptions) -> Result<Engine> {
         let tokenizer = model.limited_tokenizer(model.tokenizer().clone().with_spans(), Overflow::Chunk)?;
-        let head =
-            TokenClassification::load(model.checkpoint(), tag_options(options)?, tokenizer.clone(), &model.options().device)?;
+        let head = TokenClassification::load(
+            model.checkpoint(),
+            tag_options(options)?,
+            tokenizer.clone(),
+            &model.options().device,
+        )?;
         Ok(Engine::new(model.base()?, Box::new(head), tokenizer, model.options().max_batch_tokens))
     }
 
