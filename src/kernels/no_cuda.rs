@@ -186,24 +186,11 @@ pub fn rotary_cache_write(
     match *pool {}
 }
 
-pub fn decode_attention(
-    _: &Tensor,
-    _: &Tensor,
-    _: &Tensor,
-    pool: &BlockPool,
-    _: usize,
-    _: &CacheBatch,
-) -> Result<()> {
+pub fn decode_attention(_: &Tensor, _: &Tensor, _: &Tensor, pool: &BlockPool, _: usize, _: &CacheBatch) -> Result<()> {
     match *pool {}
 }
 
-pub fn varlen_attention(
-    _: &Tensor,
-    _: &Tensor,
-    tiles: &AttentionTiles,
-    _: HeadLayout,
-    _: Option<usize>,
-) -> Result<()> {
+pub fn varlen_attention(_: &Tensor, _: &Tensor, tiles: &AttentionTiles, _: HeadLayout, _: Option<usize>) -> Result<()> {
     match *tiles {}
 }
 

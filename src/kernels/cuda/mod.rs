@@ -11,8 +11,8 @@ mod runtime;
 pub use graph::Graph;
 pub use kv_blocks::{BLOCK_TOKENS, BlockPool, BlockTable, CacheBatch, decode_attention, rotary_cache_write};
 pub use ops::{
-    AttentionTiles, add_rms_norm, advance_positions, argmax_logprob, gather_rows, gather_rows_into, mean_pool, rms_norm,
-    rotary_embedding, silu_mul, target_logprobs, to_f32, varlen_attention,
+    AttentionTiles, add_rms_norm, advance_positions, argmax_logprob, gather_rows, gather_rows_into, mean_pool,
+    rms_norm, rotary_embedding, silu_mul, target_logprobs, to_f32, varlen_attention,
 };
 pub use runtime::{Download, memory_bytes, name, open, uninitialized, upload, upload_to};
 

@@ -117,13 +117,7 @@ fn check_stream(stream: &Tensor, weight: &Tensor) -> Result<(usize, usize)> {
 
 /// Rotates query and key heads of `qkv [N, (H + 2K)·D]` in place; `cos` and `sin [P, D/2]` are tables by position, and
 /// `positions [N]` has each token's.
-pub fn rotary_embedding(
-    qkv: &Tensor,
-    cos: &Tensor,
-    sin: &Tensor,
-    positions: &Tensor,
-    heads: HeadLayout,
-) -> Result<()> {
+pub fn rotary_embedding(qkv: &Tensor, cos: &Tensor, sin: &Tensor, positions: &Tensor, heads: HeadLayout) -> Result<()> {
     let tokens = check_rotation(qkv, cos, sin, positions, heads)?;
     if tokens == 0 {
         return Ok(());
