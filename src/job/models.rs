@@ -2,13 +2,13 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 
 use crate::error::Result;
 use crate::generation::CausalLm;
 use crate::model::{Checkpoint, CheckpointIdentity, MistralModel};
 
-/// The models of the checkpoint that was used last; another checkpoint takes its place, so that memory holds one.
+/// The models of the checkpoint and precision that were used last; others take their place, so that memory holds one.
 #[derive(Debug, Default)]
 pub struct ModelCache {
     held: Mutex<Held>,
@@ -16,7 +16,7 @@ pub struct ModelCache {
 
 #[derive(Debug, Default)]
 struct Held {
-    checkpoint: Option<CheckpointIdentity>,
+    checkpoint: Option<(CheckpointIdentity, DType)>,
     /// For heads that read whole sequences.
     base: Option<Arc<MistralModel>>,
     /// For generation, whose weights are laid out for single rows.
@@ -62,7 +62,7 @@ impl ModelCache {
 
     fn with<T>(&self, checkpoint: &Checkpoint, load: impl FnOnce(&mut Held) -> Result<T>) -> Result<T> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let identity = checkpoint.identity();
+        let identity = (checkpoint.identity(), checkpoint.compute_dtype(&Device::Cpu)?);
         if held.checkpoint.as_ref() != Some(&identity) {
             // The old one goes before the new one comes.
             *held = Held { checkpoint: Some(identity), loads: held.loads, ..Held::default() };

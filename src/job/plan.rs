@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use arrow::datatypes::{Field, Schema, SchemaRef};
+use candle_core::Device;
 use serde_json::{Value, json};
 
 use super::prompts::PromptSource;
@@ -88,13 +89,14 @@ impl JobPlan {
         let units = cut_units(&file_rows, unit_rows, limit);
         let planned_rows = units.iter().map(|unit| unit.rows.end - unit.rows.start).sum();
 
+        let dtype = checkpoint.compute_dtype(&Device::Cpu)?.as_str();
         let identity = checkpoint.identity();
         let settings = json!({
             "command": spec.command.name(),
             "options": spec.command.settings(checkpoint)?,
             "checkpoint": to_json(&identity)?,
             "tokenizer_sha256": tokenizer.sha256(),
-            "dtype": "f32",
+            "dtype": dtype,
             "prompt": prompts.settings(),
             "max_length": max_length,
             "overflow": to_json(&spec.overflow())?,
@@ -113,7 +115,7 @@ impl JobPlan {
             ("config_sha256".to_owned(), identity.config_sha256),
             ("weights_sha256".to_owned(), identity.weights_sha256),
             ("tokenizer_sha256".to_owned(), tokenizer.sha256().to_owned()),
-            ("dtype".to_owned(), "f32".to_owned()),
+            ("dtype".to_owned(), dtype.to_owned()),
             ("sliding_window".to_owned(), window),
             ("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
         ]);
@@ -125,7 +127,12 @@ impl JobPlan {
         let config = &checkpoint.config;
         let window = config.sliding_window.map_or("no window".to_owned(), |window| format!("window {window}"));
         vec![
-            format!("{}: {}, {window}, f32 on the CPU", checkpoint.dir.display(), config.architecture.class_name()),
+            format!(
+                "{}: {}, {window}, {} on the CPU",
+                checkpoint.dir.display(),
+                config.architecture.class_name(),
+                self.footer.get("dtype").map_or("f32", String::as_str)
+            ),
             format!("{} rows in {} file(s)", self.dataset.total_rows(), self.dataset.files.len()),
             format!(
                 "{} rows planned in {} unit(s) of {}, batches of at most {} tokens",

@@ -168,7 +168,7 @@ impl PlannedJob {
     /// # Errors
     /// As [`JobPlan::new`], and when the checkpoint cannot be opened.
     pub fn new(spec: &JobSpec) -> Result<Self> {
-        let checkpoint = Checkpoint::open(&spec.model)?;
+        let checkpoint = Checkpoint::open(&spec.model)?.with_dtype(spec.dtype);
         let tokenizer = TextTokenizer::open(&checkpoint.dir, checkpoint.config.vocab_size)?;
         let max_length = max_length(spec, &checkpoint, &tokenizer)?;
         let tokenizer = spec.command.tokenizer(spec, &checkpoint, tokenizer, max_length)?;

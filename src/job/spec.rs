@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::command::{CommandSpec, DEFAULT_STRIDE};
 use crate::data::InputFormat;
 use crate::data::sink::OnExisting;
+use crate::model::ComputeDtype;
 use crate::text::Overflow;
 
 /// Padded tokens of a batch on the CPU: enough rows for fast products, little enough memory.
@@ -40,6 +41,8 @@ pub struct JobSpec {
     pub overflow: Option<Overflow>,
     /// Tokens that neighbouring chunks share.
     pub stride: Option<usize>,
+    /// What to compute in.
+    pub dtype: ComputeDtype,
     /// Padded tokens of a batch.
     pub max_batch_tokens: usize,
     /// Rows of a unit.

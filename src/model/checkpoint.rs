@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use super::{MistralConfig, Weights, hub};
+use super::{ComputeDtype, MistralConfig, Weights, hub};
 use crate::error::{Error, Result};
 
 /// A Mistral checkpoint on disk, opened but not loaded.
@@ -18,6 +18,8 @@ pub struct Checkpoint {
     pub name: String,
     pub config: MistralConfig,
     pub weights: Weights,
+    /// What is to be computed in.
+    dtype: ComputeDtype,
     /// "model." for checkpoints with a head, "" for a bare `MistralModel`.
     prefix: &'static str,
     config_sha256: String,
@@ -44,7 +46,21 @@ impl Checkpoint {
         let config_sha256 = file_sha256(&config_path)?;
         let weights = Weights::open(&dir)?;
         let prefix = if weights.contains("model.embed_tokens.weight") { "model." } else { "" };
-        Ok(Self { dir, name: model.to_owned(), config, weights, prefix, config_sha256 })
+        Ok(Self { dir, name: model.to_owned(), config, weights, dtype: ComputeDtype::Auto, prefix, config_sha256 })
+    }
+
+    /// The same, to be computed in `dtype`.
+    pub fn with_dtype(self, dtype: ComputeDtype) -> Self {
+        Self { dtype, ..self }
+    }
+
+    /// What a model of this checkpoint computes in on `device`: see [`ComputeDtype`].
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when the device does not compute in the dtype that was asked for.
+    pub fn compute_dtype(&self, device: &Device) -> Result<DType> {
+        debug_assert!(device.is_cpu());
+        self.dtype.on_cpu()
     }
 
     /// The tensor `name` of the base model as f32, checked against `shape`.
@@ -53,6 +69,22 @@ impl Checkpoint {
     /// As [`Weights::tensor`].
     pub fn base_tensor(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
         self.weights.tensor(&self.base_name(name), shape, device)
+    }
+
+    /// As [`Checkpoint::base_tensor`], in the dtype that products with it are computed in.
+    ///
+    /// # Errors
+    /// As [`Weights::tensor_as`].
+    pub(crate) fn base_matrix(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
+        self.matrix(&self.base_name(name), shape, device)
+    }
+
+    /// The matrix `name` in the dtype that products with it are computed in.
+    ///
+    /// # Errors
+    /// As [`Weights::tensor_as`].
+    pub(crate) fn matrix(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
+        self.weights.tensor_as(name, shape, self.compute_dtype(device)?, device)
     }
 
     /// The full name of a tensor of the base model.
@@ -72,9 +104,9 @@ impl Checkpoint {
     pub(crate) fn lm_head(&self, device: &Device) -> Result<Tensor> {
         let shape = [self.config.vocab_size, self.config.hidden_size];
         if self.config.tie_word_embeddings {
-            self.base_tensor("embed_tokens.weight", &shape, device)
+            self.base_matrix("embed_tokens.weight", &shape, device)
         } else {
-            self.weights.tensor("lm_head.weight", &shape, device)
+            self.matrix("lm_head.weight", &shape, device)
         }
     }
 }

@@ -45,10 +45,12 @@ pub(super) struct DecoderLayer {
 }
 
 impl MistralModel {
-    /// Reads the base model's weights; matrices stay in half precision where that holds every value.
+    /// Reads the base model's weights for products in [`Checkpoint::compute_dtype`]; for f32, matrices stay in half precision
+    /// where that holds every value.
     ///
     /// # Errors
-    /// [`crate::Error::Config`] when a tensor is missing, misshapen or not finite.
+    /// [`crate::Error::Config`] when a tensor is missing, misshapen or not finite, [`crate::Error::Usage`] when the device
+    /// does not compute in the dtype that was asked for.
     pub fn load(checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
         let config = checkpoint.config.clone();
         let hidden = config.hidden_size;
@@ -219,11 +221,14 @@ impl DecoderLayer {
         let query = config.num_attention_heads * config.head_dim;
         let key_value = config.num_key_value_heads * config.head_dim;
         let name = |part: &str| format!("layers.{index}.{part}.weight");
+        let dtype = checkpoint.compute_dtype(device)?;
         let tensor = |part: &str, shape: &[usize]| checkpoint.base_tensor(&name(part), shape, device);
-        let matrix = |part: &str, shape: &[usize]| -> Result<Linear> { Ok(Linear::new(&tensor(part, shape)?)?) };
+        let matrix = |part: &str, shape: &[usize]| -> Result<Linear> {
+            Ok(Linear::new(&checkpoint.base_matrix(&name(part), shape, device)?)?)
+        };
         let stacked = |parts: &[(&str, usize)]| {
             let parts: Vec<_> = parts.iter().map(|(part, rows)| (checkpoint.base_name(&name(part)), *rows)).collect();
-            checkpoint.weights.stacked(&parts, hidden, device)
+            checkpoint.weights.stacked(&parts, hidden, dtype, device)
         };
         Ok(Self {
             input_layernorm: tensor("input_layernorm", &[hidden])?,

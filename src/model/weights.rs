@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use memmap2::{Mmap, UncheckedAdvice};
 use rayon::prelude::*;
@@ -123,18 +123,32 @@ impl Weights {
     /// [`Error::Config`] naming the tensor when it is missing, has another shape or dtype than expected, or holds
     /// NaN or infinity.
     pub fn tensor(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
-        let mut values = vec![0f32; shape.iter().product()];
-        self.read_into(name, shape, &mut values)?;
-        Ok(Tensor::from_vec(values, shape, device)?)
+        self.tensor_as(name, shape, DType::F32, device)
     }
 
-    /// Reads matrices `[rows, columns]` of equal width as one, stacked by rows.
+    /// Reads one tensor as `dtype`, whatever it is stored in.
+    ///
+    /// # Errors
+    /// As [`Weights::tensor`], and when a value is beyond what the dtype holds.
+    pub fn tensor_as(&self, name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+        let mut values = vec![0f32; shape.iter().product()];
+        self.read_into(name, shape, &mut values)?;
+        self.place(name, values, shape, dtype, device)
+    }
+
+    /// Reads matrices `[rows, columns]` of equal width as one of `dtype`, stacked by rows.
     ///
     /// One product with the stacked matrix does the work of several.
     ///
     /// # Errors
-    /// As [`Weights::tensor`].
-    pub fn stacked(&self, parts: &[(String, usize)], columns: usize, device: &Device) -> Result<Tensor> {
+    /// As [`Weights::tensor_as`].
+    pub fn stacked(
+        &self,
+        parts: &[(String, usize)],
+        columns: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
         let rows = parts.iter().map(|(_, rows)| rows).sum::<usize>();
         let mut values = vec![0f32; rows * columns];
         let mut rest = &mut values[..];
@@ -143,7 +157,27 @@ impl Weights {
             self.read_into(name, &[*rows, columns], part)?;
             rest = later;
         }
-        Ok(Tensor::from_vec(values, (rows, columns), device)?)
+        let name = parts.first().map_or("", |(name, _)| name.as_str());
+        self.place(name, values, &[rows, columns], dtype, device)
+    }
+
+    /// Converts on the host, so that no device needs memory for both.
+    fn place(&self, name: &str, values: Vec<f32>, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+        match dtype {
+            DType::BF16 => {
+                let values: Vec<bf16> = values.into_par_iter().map(bf16::from_f32).collect();
+                Ok(Tensor::from_vec(values, shape, device)?)
+            }
+            DType::F16 => {
+                let values: Vec<f16> = values.into_par_iter().map(f16::from_f32).collect();
+                if values.par_iter().any(|value| !value.is_finite()) {
+                    let message = format!("tensor '{name}' holds values beyond f16; compute with --dtype bf16 or f32");
+                    return Err(Error::config(&self.dir, message));
+                }
+                Ok(Tensor::from_vec(values, shape, device)?)
+            }
+            _ => Ok(Tensor::from_vec(values, shape, device)?),
+        }
     }
 
     fn read_into(&self, name: &str, shape: &[usize], out: &mut [f32]) -> Result<()> {
@@ -288,7 +322,7 @@ mod tests {
             let tensor = weights.tensor(name, &[1, 2], &Device::Cpu).unwrap();
             assert_eq!(tensor.to_vec2::<f32>().unwrap(), [[1.5, -2.0]]);
         }
-        let stacked = weights.stacked(&[("a".into(), 1), ("c".into(), 1)], 2, &Device::Cpu).unwrap();
+        let stacked = weights.stacked(&[("a".into(), 1), ("c".into(), 1)], 2, DType::F32, &Device::Cpu).unwrap();
         assert_eq!(stacked.to_vec2::<f32>().unwrap(), [[1.5, -2.0], [1.5, -2.0]]);
         assert_eq!(weights.num_parameters(), 6);
     }

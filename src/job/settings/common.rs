@@ -10,6 +10,7 @@ use super::{Job, MessageSettings};
 use crate::data::format::InputFormat;
 use crate::data::sink::OnExisting;
 use crate::job::{CommandSpec, DEFAULT_MAX_BATCH_TOKENS, JobSpec, PromptSpec};
+use crate::model::ComputeDtype;
 use crate::text::Overflow;
 
 #[derive(Debug, Clone, Args, JsonSchema)]
@@ -88,7 +89,7 @@ pub struct CommonSettings {
     #[arg(long, value_name = "TOKENS", help_heading = "Model")]
     stride: Option<usize>,
 
-    /// Precision of the computation; checkpoints stored in half precision are computed in f32
+    /// Precision of matrix products; checkpoints stored in half precision are computed in f32 unless this says f16
     #[arg(long, value_enum, value_name = "DTYPE", default_value = "auto", help_heading = "Model")]
     dtype: DtypeArg,
 
@@ -158,9 +159,13 @@ enum OverflowArg {
 #[derive(Debug, Clone, Copy, ValueEnum, JsonSchema)]
 #[schemars(rename_all = "kebab-case")]
 enum DtypeArg {
-    /// What the device computes best: f32 on the CPU
+    /// f32
     Auto,
     F32,
+    /// Faster on a CPU with AVX512-FP16, and less exact; very slow on others
+    F16,
+    /// On a GPU only, which this build does not have
+    Bf16,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, ValueEnum, JsonSchema)]
@@ -190,10 +195,6 @@ impl CommonSettings {
 
     /// The job of these settings and a command's own.
     pub(super) fn into_job(self, command: CommandSpec) -> Job {
-        // Every precision offered is f32 on the CPU; the match makes a new one come by here.
-        match self.dtype {
-            DtypeArg::Auto | DtypeArg::F32 => {}
-        }
         Job {
             device: self.device.clone(),
             threads: self.threads,
@@ -234,6 +235,12 @@ impl CommonSettings {
                 OverflowArg::Error => Overflow::Error,
             }),
             stride: self.stride,
+            dtype: match self.dtype {
+                DtypeArg::Auto => ComputeDtype::Auto,
+                DtypeArg::F32 => ComputeDtype::F32,
+                DtypeArg::F16 => ComputeDtype::F16,
+                DtypeArg::Bf16 => ComputeDtype::Bf16,
+            },
             max_batch_tokens: self.max_batch_tokens as usize,
             unit_rows: self.unit_rows,
             audit: self.audit,
