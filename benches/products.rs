@@ -80,7 +80,9 @@ fn run() -> Result<()> {
         let stream = vec![1u64; bytes / 8];
         let (mut ours, mut reading) = (f64::MAX, f64::MAX);
         for _ in 0..30 {
-            ours = ours.min(seconds(|| weights.iter().try_for_each(|weight| packed_linear_into(&x, weight, &output, Arithmetic::F32)))?);
+            ours = ours.min(seconds(|| {
+                weights.iter().try_for_each(|weight| packed_linear_into(&x, weight, &output, Arithmetic::F32))
+            })?);
             reading = reading.min(seconds(|| {
                 black_box(
                     stream.par_chunks(1 << 16).map(|part| part.iter().fold(0, |a, b| a ^ b)).reduce(|| 0, |a, b| a ^ b),

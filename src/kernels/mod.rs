@@ -13,8 +13,8 @@ mod heads;
 pub mod reference;
 
 pub use cpu::{
-    Arithmetic, KvRing, add_rms_norm, cached_attention, narrowed, pack_gate_up, pack_linear, packed_linear, packed_linear_into,
-    packed_swiglu_into, rms_norm, rotary_embedding, varlen_attention,
+    Arithmetic, KvRing, add_rms_norm, cached_attention, narrowed, pack_gate_up, pack_linear, packed_linear,
+    packed_linear_into, packed_swiglu_into, rms_norm, rotary_embedding, varlen_attention,
 };
 pub use heads::HeadLayout;
 

@@ -142,13 +142,7 @@ impl Weights {
     ///
     /// # Errors
     /// As [`Weights::tensor_as`].
-    pub fn stacked(
-        &self,
-        parts: &[(String, usize)],
-        columns: usize,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Tensor> {
+    pub fn stacked(&self, parts: &[(String, usize)], columns: usize, dtype: DType, device: &Device) -> Result<Tensor> {
         let rows = parts.iter().map(|(_, rows)| rows).sum::<usize>();
         let mut values = vec![0f32; rows * columns];
         let mut rest = &mut values[..];

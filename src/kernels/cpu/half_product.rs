@@ -9,6 +9,7 @@
 //! than 2^-28 of the largest input.
 
 use std::cell::RefCell;
+use std::sync::Once;
 
 use half::f16;
 use rayon::prelude::*;
@@ -57,9 +58,16 @@ impl HalfUnit {
     }
 }
 
-/// Whether this CPU computes products in f16 faster than in f32; others compute the same, but very slowly.
-pub fn has_fast_f16() -> bool {
-    HalfUnit::best() != HalfUnit::Emulated
+/// Says once if products in f16 will be slow on this CPU.
+pub(super) fn warn_if_emulated() {
+    static TOLD: Once = Once::new();
+    if HalfUnit::best() == HalfUnit::Emulated {
+        TOLD.call_once(|| {
+            tracing::warn!(
+                "this CPU has no AVX512-FP16: products in f16 are emulated, and many times slower than in f32"
+            );
+        });
+    }
 }
 
 /// Rows of inputs as f16.
@@ -130,7 +138,9 @@ impl Kernel for RoundRows<'_> {
             for (pairs, x) in pairs.chunks_mut(S::LANES).zip(x.chunks(S::LANES)) {
                 if x.len() == S::LANES {
                     // SAFETY: both have as many values.
-                    unsafe { simd.store_f16_pairs(pairs.as_mut_ptr(), simd.mul(simd.load(x.as_ptr()), simd.splat(factor))) };
+                    unsafe {
+                        simd.store_f16_pairs(pairs.as_mut_ptr(), simd.mul(simd.load(x.as_ptr()), simd.splat(factor)))
+                    };
                 } else {
                     for (pair, x) in pairs.iter_mut().zip(x) {
                         *pair = twice(f16::from_f32(x * factor));

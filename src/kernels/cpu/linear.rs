@@ -502,7 +502,11 @@ mod tests {
                 let expected = expected.to_vec2::<f64>().unwrap();
                 for level in Level::available() {
                     let ours = rows(
-                        &x.apply_op2_no_bwd(&packed, &Product { level, ..Product::new(outputs, Epilogue::Store, Arithmetic::F32) }).unwrap(),
+                        &x.apply_op2_no_bwd(
+                            &packed,
+                            &Product { level, ..Product::new(outputs, Epilogue::Store, Arithmetic::F32) },
+                        )
+                        .unwrap(),
                     );
                     for (ours, expected) in ours.iter().flatten().zip(expected.iter().flatten()) {
                         let tolerance = 1e-6 * (depth as f64).sqrt() * 3.0;
@@ -564,15 +568,12 @@ mod tests {
     fn products_in_f16_are_near_those_in_f32_and_the_same_on_every_cpu() {
         let (n, depth, outputs) = (30, 1000, 100);
         // Rows of any size: what leaves f16's range is scaled into it.
-        let scales = Tensor::from_vec((0..n).map(|row| 10f32.powi(row - 15)).collect::<Vec<_>>(), (30, 1), &Device::Cpu);
+        let scales =
+            Tensor::from_vec((0..n).map(|row| 10f32.powi(row - 15)).collect::<Vec<_>>(), (30, 1), &Device::Cpu);
         let x = random(30, depth, 5).broadcast_mul(&scales.unwrap()).unwrap();
         let weight = random(outputs, depth, 6).to_dtype(DType::F16).unwrap();
-        let exact = packed_linear(
-            &x,
-            &pack_linear(&weight.to_dtype(DType::F32).unwrap()).unwrap(),
-            outputs,
-            Arithmetic::F32,
-        );
+        let exact =
+            packed_linear(&x, &pack_linear(&weight.to_dtype(DType::F32).unwrap()).unwrap(), outputs, Arithmetic::F32);
         let exact = rows(&exact.unwrap());
         let packed = pack_linear(&weight).unwrap();
         let at = |level, half_unit| {

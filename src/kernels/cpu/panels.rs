@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::contiguous;
-use super::half_product::MAX_F16_WEIGHT;
+use super::half_product::{MAX_F16_WEIGHT, warn_if_emulated};
 
 /// Outputs of a panel.
 pub(super) const PANEL: usize = 64;
@@ -48,6 +48,7 @@ fn pack(weight: &Tensor, panels: usize, row_of: impl Fn(usize) -> Option<usize> 
         if let Some(value) = values.par_iter().find_any(|value| value.to_f32().abs() > MAX_F16_WEIGHT) {
             bail!("a weight of {value} is beyond {MAX_F16_WEIGHT}, up to which products are computed in f16; take f32");
         }
+        warn_if_emulated();
         return pack_as(values, depth, panels, row_of, |value| value);
     }
     let values = contiguous(storage, layout, "packing")?;
