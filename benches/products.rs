@@ -8,7 +8,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
-use mistral_batch::kernels::{pack_linear, packed_linear_into};
+use mistral_batch::kernels::{Arithmetic, pack_linear, packed_linear_into};
 use rayon::prelude::*;
 
 /// Inputs and outputs of the query-key-value, gate-and-up, and down projections, and of the output layer.
@@ -28,36 +28,39 @@ fn run() -> Result<()> {
     let peak = (0..10).map(|_| multiply_add_gflops()).fold(0.0, f64::max);
     println!("{threads} threads; multiply-adds in registers: {peak:.0} GFLOP/s");
     println!(
-        "{:>22}  {:>14} {:>14} {:>14} {:>14}",
-        "rows x inputs x outputs", "ours f32", "ours bf16", "ours f16", "candle f32"
+        "{:>22}  {:>14} {:>14} {:>14} {:>14} {:>14}",
+        "rows x inputs x outputs", "ours f32", "ours bf16", "ours f16", "in f16", "candle f32"
     );
     for (depth, outputs) in SHAPES {
         let weight = Tensor::rand(-1f32, 1f32, (outputs, depth), &Device::Cpu)?;
-        let packed = [DType::F32, DType::BF16, DType::F16]
-            .map(|dtype| weight.to_dtype(dtype).and_then(|w| w.to_dtype(DType::F32)).and_then(|w| pack_linear(&w)));
+        // Stored in three precisions and multiplied in f32; then in f16.
+        let stored = |dtype| pack_linear(&weight.to_dtype(dtype)?.to_dtype(DType::F32)?);
+        let in_f32 = [DType::F32, DType::BF16, DType::F16].map(|dtype| stored(dtype).map(|w| (w, Arithmetic::F32)));
+        let in_f16 = (pack_linear(&weight.to_dtype(DType::F16)?)?, Arithmetic::F16);
+        let packed = in_f32.into_iter().chain([Ok(in_f16)]).collect::<Result<Vec<_>>>()?;
         for rows in [4096, 512, 128, 16] {
             let x = Tensor::rand(-1f32, 1f32, (rows, depth), &Device::Cpu)?;
             let output = Tensor::zeros((rows, outputs), DType::F32, &Device::Cpu)?;
             let transposed = weight.t()?;
             let flop = 2.0 * (rows * depth * outputs) as f64;
-            let mut best = [f64::MAX; 4];
+            let mut best = [f64::MAX; 5];
             for _ in 0..((6e10 / flop) as usize).clamp(3, 60) {
-                for (best, packed) in best.iter_mut().zip(&packed) {
-                    let packed = packed.as_ref().map_err(|error| candle_core::Error::Msg(error.to_string()))?;
-                    *best = best.min(seconds(|| packed_linear_into(&x, packed, &output))?);
+                for (best, (packed, arithmetic)) in best.iter_mut().zip(&packed) {
+                    *best = best.min(seconds(|| packed_linear_into(&x, packed, &output, *arithmetic))?);
                 }
-                best[3] = best[3].min(seconds(|| x.matmul(&transposed).map(|_| ()))?);
+                best[4] = best[4].min(seconds(|| x.matmul(&transposed).map(|_| ()))?);
             }
             let cells = best
                 .map(|seconds| flop / seconds / 1e9)
                 .map(|rate| format!("{rate:6.0} {:4.0} %", 100.0 * rate / peak));
             println!(
-                "{:>22}  {:>14} {:>14} {:>14} {:>14}",
+                "{:>22}  {:>14} {:>14} {:>14} {:>14} {:>14}",
                 format!("{rows} x {depth} x {outputs}"),
                 cells[0],
                 cells[1],
                 cells[2],
-                cells[3]
+                cells[3],
+                cells[4]
             );
         }
     }
@@ -77,7 +80,9 @@ fn run() -> Result<()> {
         let stream = vec![1u64; bytes / 8];
         let (mut ours, mut reading) = (f64::MAX, f64::MAX);
         for _ in 0..30 {
-            ours = ours.min(seconds(|| weights.iter().try_for_each(|weight| packed_linear_into(&x, weight, &output)))?);
+            ours = ours.min(seconds(|| {
+                weights.iter().try_for_each(|weight| packed_linear_into(&x, weight, &output, Arithmetic::F32))
+            })?);
             reading = reading.min(seconds(|| {
                 black_box(
                     stream.par_chunks(1 << 16).map(|part| part.iter().fold(0, |a, b| a ^ b)).reduce(|| 0, |a, b| a ^ b),

@@ -6,7 +6,7 @@ WORKLOAD is the folder that benches/workload.py wrote. Each engine runs in proce
 machine's drift meets all of them. The clock of mistral-batch runs from the start of its process to its end, reading the
 checkpoint and committing the output included; that of transformers from the first text to the last result, with the
 model loaded before. Memory is the peak of the whole process. Transformers computes in the dtype that a line names;
-mistral-batch computes in f32 and keeps the weights as they are stored.
+mistral-batch computes in f32, whatever the checkpoint, unless a line says f16 (`--dtype f16`).
 """
 
 import argparse
@@ -24,6 +24,7 @@ OURS = "mistral-batch"
 CLASSIFY = {
     f"{OURS}, f32 checkpoint": (None, "checkpoint", "float32"),
     f"{OURS}, bf16 checkpoint": (None, "checkpoint-bf16", "float32"),
+    f"{OURS}, bf16 checkpoint, f16": (None, "checkpoint-bf16", "float16"),
     "transformers sorted loop, f32": ("loop", "checkpoint", "float32"),
     "transformers sorted loop, bf16": ("loop", "checkpoint-bf16", "bfloat16"),
     "transformers pipeline, batch 8, f32": ("pipeline-8", "checkpoint", "float32"),
@@ -34,6 +35,7 @@ CLASSIFY = {
 GENERATE = {
     f"{OURS}, f32 checkpoint": (None, "lm-f32", "float32"),
     f"{OURS}, bf16 checkpoint": (None, "lm", "float32"),
+    f"{OURS}, bf16 checkpoint, f16": (None, "lm", "float16"),
     "transformers generate, f32": ("generate", "lm-f32", "float32"),
     "transformers generate, bf16": ("generate", "lm", "bfloat16"),
 }
@@ -50,13 +52,14 @@ def run(command: list[str]) -> tuple[bytes, float, float]:
     return output, time.perf_counter() - started, usage.ru_maxrss / 1000
 
 
-def ours(args, task: str, model: str) -> dict:
+def ours(args, task: str, model: str, dtype: str) -> dict:
     import pyarrow.parquet as pq
 
     with tempfile.TemporaryDirectory() as folder:
         output, report = Path(folder) / "out.parquet", Path(folder) / "report.json"
         command = [args.binary, task, "-i", str(args.workload / "texts.parquet"), "--model", str(args.workload / model),
-                   "-o", str(output), "--report", str(report), "-q", "--threads", str(args.threads)]
+                   "-o", str(output), "--report", str(report), "-q", "--threads", str(args.threads),
+                   "--dtype", dtype.replace("float", "f")]
         if task == "classify":
             command += ["--limit", str(args.texts)]
         else:
@@ -128,24 +131,25 @@ def engine(args, task: str, name: str) -> dict:
 def compare(args, task: str, engines: dict) -> None:
     runs = {name: [] for name in engines}
     for _ in range(args.rounds):
-        for name, (kind, folder, _) in engines.items():
-            runs[name].append(transformers(args, task, name) if kind else ours(args, task, folder))
+        for name, (kind, folder, dtype) in engines.items():
+            runs[name].append(transformers(args, task, name) if kind else ours(args, task, folder, dtype))
     seconds = {name: statistics.median(run["seconds"] for run in runs[name]) for name in engines}
-    first, second = list(engines)[:2]  # ours, from the f32 and from the bf16 checkpoint
+    first, second, third = list(engines)[:3]  # ours: from the f32 and the bf16 checkpoint, and in f16
     if task == "classify":
         work, unit = runs[first][0]["tokens"], "tokens/s"
         print(f"classify: {args.texts} texts, {work} tokens, {args.rounds} round(s), {args.threads} thread(s)")
     else:
         work, unit = args.prompts * args.tokens, "new tokens/s"
         print(f"generate: {args.prompts} prompts, {args.tokens} new tokens each, {args.rounds} round(s), {args.threads} thread(s)")
-    print(f"{'':38} {unit:>13} {'f32 ratio':>10} {'bf16 ratio':>10} {'peak MB':>8}  same answers as ours from that checkpoint")
+    print(f"{'':38} {unit:>13} {'f32 ratio':>10} {'bf16 ratio':>10} {'f16 ratio':>10} {'peak MB':>8}  same answers as ours from that checkpoint")
     for name, (_, folder, _) in engines.items():
         own = first if folder == engines[first][1] else second
         same = sum(a == b for a, b in zip(runs[own][0]["answers"], runs[name][0]["answers"]))
         memory = max(run["megabytes"] for run in runs[name])
         print(f"{name:38} {work / seconds[name]:13.0f} {seconds[name] / seconds[first]:10.2f} "
-              f"{seconds[name] / seconds[second]:10.2f} {memory:8.0f}  {same}/{len(runs[own][0]['answers'])}")
-    for name in (first, second):
+              f"{seconds[name] / seconds[second]:10.2f} {seconds[name] / seconds[third]:10.2f} {memory:8.0f}  "
+              f"{same}/{len(runs[own][0]['answers'])}")
+    for name in (first, second, third):
         parts = sorted(runs[name][0]["profile"].items(), key=lambda part: -part[1])
         print(f"  time of {name}: " + ", ".join(f"{part} {percent:.1f}%" for part, percent in parts))
 
@@ -160,7 +164,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--lines", default="", help="only transformers' lines whose name contains this")
+    parser.add_argument("--lines", default="", help="only transformers' lines whose name contains this, or one of several parted by |")
     parser.add_argument("--engine", nargs=2, help=argparse.SUPPRESS)  # one run of transformers in its own process
     args = parser.parse_args()
     if args.engine:
@@ -168,7 +172,7 @@ def main() -> None:
         return
     for task, engines in (("classify", CLASSIFY), ("generate", GENERATE)):
         if args.only in (None, task):
-            compare(args, task, {name: run for name, run in engines.items() if run[0] is None or args.lines in name})
+            compare(args, task, {name: run for name, run in engines.items() if run[0] is None or any(part in name for part in args.lines.split("|"))})
 
 
 if __name__ == "__main__":

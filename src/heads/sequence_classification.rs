@@ -88,7 +88,7 @@ impl SequenceClassification {
         let config = &checkpoint.config;
         let (task, function) = Self::plan(checkpoint, &options)?;
         Ok(Self {
-            score: checkpoint.matrix("score.weight", &[config.num_labels(), config.hidden_size], device)?,
+            score: checkpoint.hidden_matrix("score.weight", &[config.num_labels(), config.hidden_size], device)?,
             labels: config.labels.clone(),
             pad_token_id: config.pad_token_id,
             task,

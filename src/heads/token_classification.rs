@@ -55,7 +55,7 @@ impl TokenClassification {
         let config = &checkpoint.config;
         let labels = config.num_labels();
         Ok(Self {
-            score: checkpoint.matrix("score.weight", &[labels, config.hidden_size], device)?,
+            score: checkpoint.hidden_matrix("score.weight", &[labels, config.hidden_size], device)?,
             bias: checkpoint.weights.tensor("score.bias", &[labels], &Device::Cpu)?.to_vec1()?,
             labels: config.labels.clone(),
             tokenizer,

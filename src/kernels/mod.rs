@@ -19,7 +19,7 @@ mod ops;
 pub mod reference;
 
 pub use cpu::{
-    KvRing, cached_attention, narrowed, pack_gate_up, pack_linear, packed_linear, packed_linear_into,
+    Arithmetic, KvRing, cached_attention, narrowed, pack_gate_up, pack_linear, packed_linear, packed_linear_into,
     packed_swiglu_into,
 };
 pub use heads::HeadLayout;

@@ -51,7 +51,7 @@ fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
     let both = gate_up.dim(1)?;
     let packed = pack_gate_up(&Tensor::eye(both, DType::F32, &Device::Cpu)?)?;
     let gated = Tensor::zeros((gate_up.dim(0)?, both / 2), DType::F32, &Device::Cpu)?;
-    packed_swiglu_into(gate_up, &packed, &gated)?;
+    packed_swiglu_into(gate_up, &packed, &gated, Arithmetic::F32)?;
     Ok(gated)
 }
 
@@ -372,7 +372,7 @@ proptest! {
             let packed = pack_gate_up(&weight).unwrap();
             prop_assert_eq!(packed.dtype(), dtype);
             let gated = random((n, width), 3).unwrap();
-            packed_swiglu_into(&x, &packed, &gated).unwrap();
+            packed_swiglu_into(&x, &packed, &gated, Arithmetic::F32).unwrap();
             let weight = weight.to_dtype(DType::F64).unwrap();
             let products = x.to_dtype(DType::F64).unwrap().matmul(&weight.t().unwrap()).unwrap();
             let expected = reference::swiglu(&products).unwrap();

@@ -70,7 +70,24 @@ impl Checkpoint {
         self.weights.tensor(&self.base_name(name), shape, device)
     }
 
-    /// As [`Checkpoint::base_tensor`], in the dtype that the device computes in.
+    /// The dtype of hidden states on `device`: f32 on the CPU, that of products on a CUDA device.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::compute_dtype`].
+    pub(crate) fn hidden_dtype(&self, device: &Device) -> Result<DType> {
+        let products = self.compute_dtype(device)?;
+        Ok(if device.is_cuda() { products } else { DType::F32 })
+    }
+
+    /// The matrix `name` in the dtype of hidden states.
+    ///
+    /// # Errors
+    /// As [`Weights::tensor_as`].
+    pub(crate) fn hidden_matrix(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
+        self.weights.tensor_as(name, shape, self.hidden_dtype(device)?, device)
+    }
+
+    /// As [`Checkpoint::base_tensor`], in the dtype that products with it are computed in.
     ///
     /// # Errors
     /// As [`Weights::tensor_as`].
@@ -78,7 +95,7 @@ impl Checkpoint {
         self.matrix(&self.base_name(name), shape, device)
     }
 
-    /// The matrix `name` in the dtype that the device computes in.
+    /// The matrix `name` in the dtype that products with it are computed in.
     ///
     /// # Errors
     /// As [`Weights::tensor_as`].

@@ -2,7 +2,7 @@
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
-use crate::kernels::{self, cuda};
+use crate::kernels::{self, Arithmetic, cuda};
 
 /// A matrix `[out, in]` without bias. On the CPU a row's result is the same to the last bit in any company.
 #[derive(Debug)]
@@ -10,13 +10,15 @@ pub(crate) struct Linear {
     /// On the CPU as [`kernels::pack_linear`] packs it; `[out, in]` on a CUDA device.
     panels: Tensor,
     outputs: usize,
+    arithmetic: Arithmetic,
 }
 
 impl Linear {
-    /// Keeps `weight [out, in]` as its device needs it; on the CPU in half precision where that holds every value.
+    /// Keeps `weight [out, in]` as its device needs it; on the CPU an f16 one for products in f16, an f32 one for
+    /// products in f32, in half precision where that holds every value.
     pub(crate) fn new(weight: &Tensor) -> Result<Self> {
         let panels = if weight.device().is_cuda() { weight.clone() } else { kernels::pack_linear(weight)? };
-        Ok(Self { panels, outputs: weight.dim(0)? })
+        Ok(Self { panels, outputs: weight.dim(0)?, arithmetic: arithmetic(weight) })
     }
 
     /// Outputs of a row.
@@ -32,7 +34,7 @@ impl Linear {
                 cuda::product_into(x, &self.panels, &output)?;
                 Ok(output)
             }
-            _ => kernels::packed_linear(x, &self.panels, self.outputs),
+            _ => kernels::packed_linear(x, &self.panels, self.outputs, self.arithmetic),
         }
     }
 
@@ -40,7 +42,7 @@ impl Linear {
     pub(crate) fn forward_into(&self, x: &Tensor, output: &Tensor) -> Result<()> {
         match x.device() {
             Device::Cuda(_) => cuda::product_into(x, &self.panels, output),
-            _ => kernels::packed_linear_into(x, &self.panels, output),
+            _ => kernels::packed_linear_into(x, &self.panels, output, self.arithmetic),
         }
     }
 
@@ -54,12 +56,18 @@ impl Linear {
     }
 }
 
+/// What a product with `weight` is computed in on the CPU.
+fn arithmetic(weight: &Tensor) -> Arithmetic {
+    if weight.dtype() == DType::F16 { Arithmetic::F16 } else { Arithmetic::F32 }
+}
+
 /// The gate and up projections of a feed-forward block, side by side.
 #[derive(Debug)]
 pub(crate) struct GateUp {
     /// On the CPU as [`kernels::pack_gate_up`] packs them; `[2·intermediate, in]` on a CUDA device.
     panels: Tensor,
     intermediate: usize,
+    arithmetic: Arithmetic,
 }
 
 /// Where the products of [`GateUp`] stand until the activation has read them: `[N, 2·intermediate]` on a CUDA device; the
@@ -79,12 +87,14 @@ impl GateUp {
     /// Keeps `weight [2·intermediate, in]`, gate first, as its device needs it.
     pub(crate) fn new(weight: &Tensor) -> Result<Self> {
         let panels = if weight.device().is_cuda() { weight.clone() } else { kernels::pack_gate_up(weight)? };
-        Ok(Self { panels, intermediate: weight.dim(0)? / 2 })
+        Ok(Self { panels, intermediate: weight.dim(0)? / 2, arithmetic: arithmetic(weight) })
     }
 
     /// `silu(gate) · up` of `x [N, in]`, to `gated [N, intermediate]`; `scratch` has at least N rows.
     pub(crate) fn forward_into(&self, x: &Tensor, gated: &Tensor, scratch: &GateUpScratch) -> Result<()> {
-        let Some(products) = &scratch.0 else { return kernels::packed_swiglu_into(x, &self.panels, gated) };
+        let Some(products) = &scratch.0 else {
+            return kernels::packed_swiglu_into(x, &self.panels, gated, self.arithmetic);
+        };
         let products = products.narrow(0, 0, x.dim(0)?)?;
         cuda::product_into(x, &self.panels, &products)?;
         cuda::silu_mul(&products, gated)
@@ -93,7 +103,7 @@ impl GateUp {
     /// The two products of `x [N, in]` without the activation, gate first: `[N, 2·intermediate]`.
     pub(crate) fn products(&self, x: &Tensor) -> Result<Tensor> {
         let (panels, _, width) = self.panels.dims3()?;
-        let both = kernels::packed_linear(x, &self.panels, panels * width)?;
+        let both = kernels::packed_linear(x, &self.panels, panels * width, self.arithmetic)?;
         let both = both.reshape((x.dim(0)?, panels, 2, width / 2))?;
         let half = |half: usize| both.narrow(2, half, 1)?.flatten_from(1)?.narrow(1, 0, self.intermediate);
         Tensor::cat(&[half(0)?, half(1)?], D::Minus1)?.to_dtype(DType::F32)

@@ -24,7 +24,7 @@ const KEPT_BACK: usize = 16;
 pub struct MistralModel {
     pub(super) config: MistralConfig,
     pub(super) device: Device,
-    /// Of activations, and of matrices on a CUDA device; f32 on the CPU.
+    /// Of activations; f32 on the CPU.
     pub(super) dtype: DType,
     /// `[vocab_size, hidden]`; on the CPU in half precision where that holds every value.
     pub(super) embed_tokens: Tensor,
@@ -55,7 +55,7 @@ pub(super) struct DecoderLayer {
 }
 
 impl MistralModel {
-    /// Reads the base model's weights, in the dtype of [`Checkpoint::compute_dtype`]; on the CPU matrices stay in half
+    /// Reads the base model's weights for products in [`Checkpoint::compute_dtype`]; on the CPU, for f32, matrices stay in half
     /// precision where that holds every value.
     ///
     /// # Errors
@@ -64,9 +64,10 @@ impl MistralModel {
     pub fn load(checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
         let config = checkpoint.config.clone();
         let hidden = config.hidden_size;
-        let embed_tokens = checkpoint.base_matrix("embed_tokens.weight", &[config.vocab_size, hidden], device)?;
+        let embed_tokens = checkpoint.base_name("embed_tokens.weight");
+        let embed_tokens = checkpoint.hidden_matrix(&embed_tokens, &[config.vocab_size, hidden], device)?;
         Ok(Self {
-            dtype: checkpoint.compute_dtype(device)?,
+            dtype: checkpoint.hidden_dtype(device)?,
             embed_tokens: if device.is_cuda() { embed_tokens } else { kernels::narrowed(embed_tokens)? },
             layers: (0..config.num_hidden_layers)
                 .map(|index| DecoderLayer::load(checkpoint, index, device))
@@ -90,7 +91,7 @@ impl MistralModel {
         &self.device
     }
 
-    /// What it computes in.
+    /// The dtype of activations.
     pub fn dtype(&self) -> DType {
         self.dtype
     }

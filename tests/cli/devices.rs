@@ -58,14 +58,3 @@ fn a_device_that_is_none_is_a_usage_error() {
         assert_eq!(done.status.code(), Some(64), "{device}");
     }
 }
-
-#[test]
-fn half_precision_needs_a_gpu() {
-    let (model, input) = tickets();
-    let scratch = Scratch::new();
-    let output = scratch.arg("out");
-    let message =
-        fail(64, &["classify", "-i", &input, "-o", &output, "--model", &model, "--device", "cpu", "--dtype", "bf16"]);
-    assert!(message.contains("f32") && message.contains("--device cuda:0"), "{message}");
-    assert!(!scratch.path("out").exists());
-}

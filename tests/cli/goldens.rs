@@ -75,6 +75,38 @@ fn logits_equal_those_of_f32_and_f64() {
 }
 
 #[test]
+fn products_in_f16_are_asked_for_and_near_transformers() {
+    let mut largest = 0f64;
+    for name in ["cls-window-sharded", "cls-nopad", "cls-pad-is-eos", "cls-multilabel-bf16"] {
+        let (rows, results) = classify(name, &["--dtype", "f16", "--top-k", "all", "--function-to-apply", "none"]);
+        let config = std::fs::read_to_string(format!("{}/config.json", checkpoint(name))).unwrap();
+        let config: Value = serde_json::from_str(&config).unwrap();
+        for (i, (row, ours)) in rows.iter().zip(label_scores(&results, "predicted_scores")).enumerate() {
+            for (label, logit) in ours.unwrap() {
+                let index = config["label2id"][&label].as_u64().unwrap() as usize;
+                let difference = (f64::from(logit) - row["logits_f64"][index].as_f64().unwrap()).abs();
+                assert!(difference < 2e-2, "{name} row {i} {label}: {difference}");
+                largest = largest.max(difference);
+            }
+        }
+    }
+    assert!(largest > 1e-4, "--dtype f16 changed nothing: {largest}");
+}
+
+#[test]
+fn another_precision_is_another_job_and_bf16_is_none_of_the_cpus() {
+    let (model, input) = tickets();
+    let scratch = Scratch::new();
+    let output = scratch.arg("out");
+    let args = ["classify", "-i", &input, "-o", &output, "--model", &model, "--limit", "20", "--dtype"];
+    let with = |dtype: &'static str, rest: &[&'static str]| [&args[..], &[dtype], rest].concat();
+    succeed(&with("f32", &[]));
+    succeed(&with("auto", &[]));
+    assert!(fail(78, &with("f16", &["--resume"])).contains("dtype"));
+    assert!(fail(64, &with("bf16", &["--overwrite"])).contains("--dtype f16"));
+}
+
+#[test]
 fn regression_gives_the_raw_value() {
     let (rows, results) = classify("cls-regression-f16", &[]);
     for (i, (row, value)) in rows.iter().zip(floats(&results, "predicted_value")).enumerate() {

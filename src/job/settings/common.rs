@@ -89,7 +89,7 @@ pub struct CommonSettings {
     #[arg(long, value_name = "TOKENS", help_heading = "Model")]
     stride: Option<usize>,
 
-    /// Precision of the computation; sums, norms and logits are in f32 whatever it is
+    /// Precision of matrix products, on a GPU of activations too; sums, norms and logits are in f32 whatever it is
     #[arg(long, value_enum, value_name = "DTYPE", default_value = "auto", help_heading = "Model")]
     dtype: DtypeArg,
 
@@ -162,7 +162,7 @@ enum DtypeArg {
     /// f32 on the CPU; on a GPU what most of the checkpoint is stored in
     Auto,
     F32,
-    /// On a GPU only
+    /// On the CPU: faster with AVX512-FP16, and less exact; very slow on others
     F16,
     /// On a GPU only
     Bf16,

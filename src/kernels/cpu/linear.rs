@@ -2,23 +2,22 @@
 //!
 //! The weight is packed once into panels of 64 outputs, so that one row streams through memory once and many rows
 //! reuse a panel from the core's cache. Every output is one chain of multiply-adds over ascending inputs: the number of
-//! rows, their place in the batch and the number of threads cannot change a bit of it.
+//! rows, their place in the batch and the number of threads cannot change a bit of it. Products in half precision, which
+//! share the tasks and what becomes of the sums, are in [`super::half_product`].
 
 use std::cell::RefCell;
 use std::ops::Range;
 
-use candle_core::{CpuStorage, CustomOp2, DType, InplaceOp3, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, CustomOp2, InplaceOp3, Layout, Result, Shape, Tensor, bail};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::half_product::{HalfTask, HalfUnit, with_half_rows};
 use super::output::SharedOutput;
+use super::panels::{GATED, PANEL};
 use super::simd::{Kernel, Level, Simd, dispatch_at, exp};
 use super::{contiguous, contiguous_mut};
 
-/// Outputs of a panel.
-const PANEL: usize = 64;
-/// Units of a panel that holds a gate and a value for each.
-const GATED: usize = PANEL / 2;
 /// Rows of a register tile.
 const TILE_ROWS: usize = 6;
 /// Inputs of a panel that are used at a time, by all rows of a task: 128 KiB of f32, which stays in the core's cache.
@@ -28,102 +27,36 @@ const TASK_ROWS: usize = 192;
 /// From this many rows on a panel in half precision is widened once, and not for each register tile.
 const WIDEN_ROWS: usize = 3 * TILE_ROWS;
 
-/// Packs `weight [out, in]` for [`packed_linear`]: `[⌈out/64⌉, in, 64]`, the last panel filled up with zeros.
-///
-/// A weight whose every value is a bf16 number, or an f16 number, is kept as such, which halves what a product reads and
-/// changes no result.
-pub fn pack_linear(weight: &Tensor) -> Result<Tensor> {
-    let (outputs, _) = weight.dims2()?;
-    pack(weight, outputs.div_ceil(PANEL), |output| Some(output).filter(|&output| output < outputs))
+/// What a product multiplies and adds in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Arithmetic {
+    /// In f32, with the weights' stored values: the precision of every result that is not said to be another.
+    #[default]
+    F32,
+    /// Inputs are rounded to f16, and products added in f16 over 64 inputs at a time, these sums then in f32.
+    ///
+    /// A row's inputs are scaled by a power of two before, so that neither they nor their sums leave the range of f16. A CPU
+    /// without AVX512-FP16 computes the same sums to the bit, slowly.
+    F16,
 }
 
-/// Packs gate and up projections, `weight [2·I, in]` with the gate first, for [`packed_swiglu_into`]: `[⌈I/32⌉, in, 64]`.
-///
-/// A panel has 32 columns of the gate and then the same 32 of the up projection. Precision as [`pack_linear`].
-pub fn pack_gate_up(weight: &Tensor) -> Result<Tensor> {
-    let (both, _) = weight.dims2()?;
-    if !both.is_multiple_of(2) {
-        bail!("gate and up projections: {both} rows are not a gate and as many values");
-    }
-    let width = both / 2;
-    pack(weight, width.div_ceil(GATED), |column| {
-        let unit = column / PANEL * GATED + column % GATED;
-        (unit < width).then_some(unit + column % PANEL / GATED * width)
-    })
-}
-
-/// Panels whose columns, counted through, are the rows of `weight [out, in]` that `row_of` names; others are zero.
-fn pack(weight: &Tensor, panels: usize, row_of: impl Fn(usize) -> Option<usize> + Sync) -> Result<Tensor> {
-    let (_, depth) = weight.dims2()?;
-    let (storage, layout) = weight.storage_and_layout();
-    let Storage::Cpu(storage) = &*storage else { bail!("packing: the weight is not on the CPU") };
-    let values = contiguous(storage, layout, "packing")?;
-    match narrowest(values) {
-        DType::BF16 => pack_as(values, depth, panels, row_of, bf16::from_f32),
-        DType::F16 => pack_as(values, depth, panels, row_of, f16::from_f32),
-        _ => pack_as(values, depth, panels, row_of, |value| value),
-    }
-}
-
-/// The smallest type that holds every value as it is.
-fn narrowest(values: &[f32]) -> DType {
-    if values.par_iter().all(|value| value.to_bits() & 0xffff == 0) {
-        DType::BF16
-    } else if values.par_iter().all(|&value| f16::from_f32(value).to_f32() == value) {
-        DType::F16
-    } else {
-        DType::F32
-    }
-}
-
-/// `weight` in half precision where that holds every value of it.
-pub fn narrowed(weight: Tensor) -> Result<Tensor> {
-    let dtype = {
-        let (storage, layout) = weight.storage_and_layout();
-        let Storage::Cpu(storage) = &*storage else { bail!("the weight is not on the CPU") };
-        narrowest(contiguous(storage, layout, "weight")?)
-    };
-    weight.to_dtype(dtype)
-}
-
-fn pack_as<W: WithDType + Send>(
-    values: &[f32],
-    depth: usize,
-    panels: usize,
-    row_of: impl Fn(usize) -> Option<usize> + Sync,
-    convert: fn(f32) -> W,
-) -> Result<Tensor> {
-    let mut packed = vec![convert(0.0); panels * depth * PANEL];
-    packed.par_chunks_mut((depth * PANEL).max(1)).enumerate().for_each(|(panel, block)| {
-        for column in 0..PANEL {
-            let Some(row) = row_of(panel * PANEL + column) else { continue };
-            for (inputs, &value) in block.chunks_exact_mut(PANEL).zip(&values[row * depth..][..depth]) {
-                inputs[column] = convert(value);
-            }
-        }
-    });
-    Tensor::from_vec(packed, (panels, depth, PANEL), &candle_core::Device::Cpu)
-}
-
-/// `x [N, in]` times a transposed weight of `outputs` rows, packed by [`pack_linear`], to `[N, outputs]`.
+/// `x [N, in]` times a transposed weight of `outputs` rows, packed by [`super::pack_linear`], to `[N, outputs]`.
 ///
 /// Row n of the result depends on row n of `x` only, to the last bit.
-pub fn packed_linear(x: &Tensor, packed: &Tensor, outputs: usize) -> Result<Tensor> {
-    x.apply_op2_no_bwd(packed, &Product { outputs, epilogue: Epilogue::Store, level: Level::best() })
+pub fn packed_linear(x: &Tensor, packed: &Tensor, outputs: usize, arithmetic: Arithmetic) -> Result<Tensor> {
+    x.apply_op2_no_bwd(packed, &Product::new(outputs, Epilogue::Store, arithmetic))
 }
 
 /// As [`packed_linear`], to `output [N, outputs]`.
-pub fn packed_linear_into(x: &Tensor, packed: &Tensor, output: &Tensor) -> Result<()> {
-    let product = Product { outputs: output.dim(1)?, epilogue: Epilogue::Store, level: Level::best() };
-    output.inplace_op3(x, packed, &product)
+pub fn packed_linear_into(x: &Tensor, packed: &Tensor, output: &Tensor, arithmetic: Arithmetic) -> Result<()> {
+    output.inplace_op3(x, packed, &Product::new(output.dim(1)?, Epilogue::Store, arithmetic))
 }
 
-/// `silu(x·gateᵀ) · (x·upᵀ)` of `x [N, in]` and projections packed by [`pack_gate_up`], to `gated [N, I]`.
+/// `silu(x·gateᵀ) · (x·upᵀ)` of `x [N, in]` and projections packed by [`super::pack_gate_up`], to `gated [N, I]`.
 ///
 /// The activation is computed where the products still are in the core's cache. Rows are alone as in [`packed_linear`].
-pub fn packed_swiglu_into(x: &Tensor, packed: &Tensor, gated: &Tensor) -> Result<()> {
-    let product = Product { outputs: gated.dim(1)?, epilogue: Epilogue::SwiGlu, level: Level::best() };
-    gated.inplace_op3(x, packed, &product)
+pub fn packed_swiglu_into(x: &Tensor, packed: &Tensor, gated: &Tensor, arithmetic: Arithmetic) -> Result<()> {
+    gated.inplace_op3(x, packed, &Product::new(gated.dim(1)?, Epilogue::SwiGlu, arithmetic))
 }
 
 /// What becomes of a panel's sums.
@@ -148,7 +81,9 @@ impl Epilogue {
 struct Product {
     outputs: usize,
     epilogue: Epilogue,
+    arithmetic: Arithmetic,
     level: Level,
+    half_unit: HalfUnit,
 }
 
 impl CustomOp2 for Product {
@@ -194,6 +129,10 @@ impl InplaceOp3 for Product {
 }
 
 impl Product {
+    fn new(outputs: usize, epilogue: Epilogue, arithmetic: Arithmetic) -> Self {
+        Self { outputs, epilogue, arithmetic, level: Level::best(), half_unit: HalfUnit::best() }
+    }
+
     /// Rows and depth, if the shapes go together.
     fn check(&self, x: &Layout, packed: &Layout) -> Result<(usize, usize)> {
         let panels = self.outputs.div_ceil(self.epilogue.width());
@@ -209,35 +148,57 @@ impl Product {
         let Some((begin, end)) = packed.1.contiguous_offsets() else {
             bail!("packed linear: expected a contiguous weight, got {:?}", packed.1)
         };
-        match packed.0 {
-            CpuStorage::F32(packed) => self.run_on(x, depth, &packed[begin..end], output),
-            CpuStorage::BF16(packed) => self.run_on(x, depth, &packed[begin..end], output),
-            CpuStorage::F16(packed) => self.run_on(x, depth, &packed[begin..end], output),
-            _ => bail!("packed linear: weights are f32, bf16 or f16"),
+        match (packed.0, self.arithmetic) {
+            (CpuStorage::F32(packed), Arithmetic::F32) => self.run_on(x, depth, &packed[begin..end], output),
+            (CpuStorage::BF16(packed), Arithmetic::F32) => self.run_on(x, depth, &packed[begin..end], output),
+            (CpuStorage::F16(packed), Arithmetic::F32) => self.run_on(x, depth, &packed[begin..end], output),
+            (CpuStorage::F16(packed), Arithmetic::F16) => self.run_in_f16(x, depth, &packed[begin..end], output),
+            (_, Arithmetic::F32) => bail!("packed linear: weights are f32, bf16 or f16"),
+            (_, Arithmetic::F16) => bail!("packed linear: weights of a product in f16 are f16"),
         }
         Ok(())
     }
 
     fn run_on<W: Weight>(&self, x: &[f32], depth: usize, packed: &[W], output: &mut [f32]) {
+        self.for_each_task(x.len() / depth, depth, packed, output, |place, panel, scratch| {
+            dispatch_at(self.level, Task { place, x, panel, scratch });
+        });
+    }
+
+    fn run_in_f16(&self, x: &[f32], depth: usize, packed: &[f16], output: &mut [f32]) {
+        with_half_rows(self.level, x, depth, |x| {
+            self.for_each_task(x.rows(), depth, packed, output, |place, panel, Scratch { widened, sums }| {
+                let unit = self.half_unit;
+                dispatch_at(self.level, HalfTask { place, x, panel, unit, widened, sums });
+            });
+        });
+    }
+
+    /// Runs `compute` for some rows and one panel at a time, on all threads.
+    fn for_each_task<W: Sync>(
+        &self,
+        rows: usize,
+        depth: usize,
+        packed: &[W],
+        output: &mut [f32],
+        compute: impl Fn(Place, &[W], &mut Scratch) + Sync,
+    ) {
         let output = SharedOutput::new(output);
-        let (rows, width) = (x.len() / depth, self.epilogue.width());
+        let width = self.epilogue.width();
         let panels = self.outputs.div_ceil(width);
         // Panel after panel for the same rows, which stay in the core's cache.
         (0..panels * rows.div_ceil(TASK_ROWS)).into_par_iter().for_each(|task| {
             let (panel, first_row) = (task % panels, task / panels * TASK_ROWS);
-            SCRATCH.with_borrow_mut(|scratch| {
-                let place = Place {
-                    x,
-                    depth,
-                    rows: first_row..(first_row + TASK_ROWS).min(rows),
-                    columns: panel * width..((panel + 1) * width).min(self.outputs),
-                    epilogue: self.epilogue,
-                    output,
-                    outputs: self.outputs,
-                };
-                let panel = &packed[panel * depth * PANEL..][..depth * PANEL];
-                dispatch_at(self.level, Task { place, panel, scratch });
-            });
+            let place = Place {
+                depth,
+                rows: first_row..(first_row + TASK_ROWS).min(rows),
+                columns: panel * width..((panel + 1) * width).min(self.outputs),
+                epilogue: self.epilogue,
+                output,
+                outputs: self.outputs,
+            };
+            let panel = &packed[panel * depth * PANEL..][..depth * PANEL];
+            SCRATCH.with_borrow_mut(|scratch| compute(place, panel, scratch));
         });
     }
 }
@@ -297,18 +258,18 @@ impl Weight for f16 {
 
 /// Some rows times one panel.
 struct Task<'a, W> {
-    place: Place<'a>,
+    place: Place,
+    /// `[N, depth]`
+    x: &'a [f32],
     /// `[depth, PANEL]`
     panel: &'a [W],
     scratch: &'a mut Scratch,
 }
 
 /// Which rows of the input, and which part of the output, a task works on.
-struct Place<'a> {
-    /// `[N, depth]`
-    x: &'a [f32],
-    depth: usize,
-    rows: Range<usize>,
+pub(super) struct Place {
+    pub(super) depth: usize,
+    pub(super) rows: Range<usize>,
     /// The panel's columns of the output; the last panel may have fewer than others.
     columns: Range<usize>,
     epilogue: Epilogue,
@@ -320,7 +281,7 @@ struct Place<'a> {
 impl<W: Weight> Kernel for Task<'_, W> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Task { place, panel, scratch: Scratch { widened, sums } } = self;
+        let Task { place, x, panel, scratch: Scratch { widened, sums } } = self;
         // Blocks of like size: a short last one would be all loads and stores of sums.
         let block_depth = place.depth.div_ceil(place.depth.div_ceil(DEPTH_BLOCK));
         let rows_of_sums = if block_depth < place.depth { place.rows.len() } else { TILE_ROWS };
@@ -333,9 +294,9 @@ impl<W: Weight> Kernel for Task<'_, W> {
             if W::NARROW && place.rows.len() >= WIDEN_ROWS {
                 widened.resize(DEPTH_BLOCK * PANEL, 0.0);
                 widen(simd, block, widened);
-                place.add_products(simd, first, &widened[..block.len()], sums);
+                place.add_products(simd, x, first, &widened[..block.len()], sums);
             } else {
-                place.add_products(simd, first, block, sums);
+                place.add_products(simd, x, first, block, sums);
             }
         }
     }
@@ -352,11 +313,11 @@ fn widen<S: Simd, W: Weight>(simd: S, block: &[W], widened: &mut [f32]) {
     }
 }
 
-impl Place<'_> {
+impl Place {
     /// Adds the products with one block of the panel's depth, from input `first` on. The first block starts the sums, the
     /// last brings them to the output.
     #[inline(always)]
-    fn add_products<S: Simd, W: Weight>(&self, simd: S, first: usize, block: &[W], sums: &mut [f32]) {
+    fn add_products<S: Simd, W: Weight>(&self, simd: S, x: &[f32], first: usize, block: &[W], sums: &mut [f32]) {
         let is_last = first + block.len() / PANEL == self.depth;
         let is_only = is_last && first == 0;
         let tiles = self.rows.len().div_ceil(TILE_ROWS);
@@ -369,7 +330,7 @@ impl Place<'_> {
             if first == 0 {
                 sums.fill(0.0);
             }
-            let x = &self.x[row * self.depth + first..];
+            let x = &x[row * self.depth + first..];
             match tile_rows {
                 1 => tile_product::<S, W, 1>(simd, x, self.depth, block, sums),
                 2 => tile_product::<S, W, 2>(simd, x, self.depth, block, sums),
@@ -387,7 +348,7 @@ impl Place<'_> {
 
     /// Brings the sums of the rows from `row` on to the output.
     #[inline(always)]
-    fn finish<S: Simd>(&self, simd: S, row: usize, sums: &[f32]) {
+    pub(super) fn finish<S: Simd>(&self, simd: S, row: usize, sums: &[f32]) {
         let width = self.columns.len();
         for (i, sums) in sums.chunks_exact(PANEL).enumerate() {
             // SAFETY: no other task has these columns of these rows, and no two of these parts are alive at a time.
@@ -506,9 +467,10 @@ unsafe fn multiply_add<S: Simd, W: Weight, const R: usize, const V: usize>(
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
+    use candle_core::{DType, Device};
 
     use super::*;
+    use crate::kernels::{pack_gate_up, pack_linear};
 
     /// Uniform values in [-1, 1) that depend on the seed only.
     fn random(rows: usize, columns: usize, seed: u64) -> Tensor {
@@ -540,7 +502,11 @@ mod tests {
                 let expected = expected.to_vec2::<f64>().unwrap();
                 for level in Level::available() {
                     let ours = rows(
-                        &x.apply_op2_no_bwd(&packed, &Product { outputs, epilogue: Epilogue::Store, level }).unwrap(),
+                        &x.apply_op2_no_bwd(
+                            &packed,
+                            &Product { level, ..Product::new(outputs, Epilogue::Store, Arithmetic::F32) },
+                        )
+                        .unwrap(),
                     );
                     for (ours, expected) in ours.iter().flatten().zip(expected.iter().flatten()) {
                         let tolerance = 1e-6 * (depth as f64).sqrt() * 3.0;
@@ -553,13 +519,16 @@ mod tests {
 
     #[test]
     fn a_row_is_the_same_to_the_bit_in_any_company() {
-        for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let f32_from = |dtype| random(150, 700, 4).to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap();
+        let weights = [DType::F32, DType::BF16, DType::F16].map(|dtype| (f32_from(dtype), Arithmetic::F32));
+        let half = (random(150, 700, 4).to_dtype(DType::F16).unwrap(), Arithmetic::F16);
+        for (weight, arithmetic) in weights.into_iter().chain([half]) {
             let x = random(400, 700, 3);
-            let weight = random(150, 700, 4).to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap();
             let packed = pack_linear(&weight).unwrap();
-            let all = rows(&packed_linear(&x, &packed, 150).unwrap());
+            let all = rows(&packed_linear(&x, &packed, 150, arithmetic).unwrap());
             for (first, count) in [(0, 1), (17, 1), (100, 2), (3, 7), (50, 17), (51, 18), (190, 64), (10, 380)] {
-                let some = rows(&packed_linear(&x.narrow(0, first, count).unwrap(), &packed, 150).unwrap());
+                let some = x.narrow(0, first, count).unwrap();
+                let some = rows(&packed_linear(&some, &packed, 150, arithmetic).unwrap());
                 assert_eq!(some, all[first..first + count], "rows {first} and {count} on");
             }
         }
@@ -571,7 +540,7 @@ mod tests {
         let packed = pack_gate_up(&random(2 * 70, 1100, 4)).unwrap();
         let at = |level, first: usize, count: usize| {
             let gated = Tensor::zeros((count, 70), DType::F32, &Device::Cpu).unwrap();
-            let product = Product { outputs: 70, epilogue: Epilogue::SwiGlu, level };
+            let product = Product { level, ..Product::new(70, Epilogue::SwiGlu, Arithmetic::F32) };
             gated.inplace_op3(&x.narrow(0, first, count).unwrap(), &packed, &product).unwrap();
             rows(&gated)
         };
@@ -590,7 +559,50 @@ mod tests {
     #[test]
     fn a_weight_of_another_shape_is_refused() {
         let packed = pack_linear(&random(100, 30, 1)).unwrap();
-        assert!(packed_linear(&random(3, 31, 1), &packed, 100).is_err());
-        assert!(packed_linear(&random(3, 30, 1), &packed, 200).is_err());
+        assert!(packed_linear(&random(3, 31, 1), &packed, 100, Arithmetic::F32).is_err());
+        assert!(packed_linear(&random(3, 30, 1), &packed, 200, Arithmetic::F32).is_err());
+        assert!(packed_linear(&random(3, 30, 1), &packed, 100, Arithmetic::F16).is_err(), "an f32 weight in f16");
+    }
+
+    #[test]
+    fn products_in_f16_are_near_those_in_f32_and_the_same_on_every_cpu() {
+        let (n, depth, outputs) = (30, 1000, 100);
+        // Rows of any size: what leaves f16's range is scaled into it.
+        let scales =
+            Tensor::from_vec((0..n).map(|row| 10f32.powi(row - 15)).collect::<Vec<_>>(), (30, 1), &Device::Cpu);
+        let x = random(30, depth, 5).broadcast_mul(&scales.unwrap()).unwrap();
+        let weight = random(outputs, depth, 6).to_dtype(DType::F16).unwrap();
+        let exact =
+            packed_linear(&x, &pack_linear(&weight.to_dtype(DType::F32).unwrap()).unwrap(), outputs, Arithmetic::F32);
+        let exact = rows(&exact.unwrap());
+        let packed = pack_linear(&weight).unwrap();
+        let at = |level, half_unit| {
+            let product = Product { level, half_unit, ..Product::new(outputs, Epilogue::Store, Arithmetic::F16) };
+            rows(&x.apply_op2_no_bwd(&packed, &product).unwrap())
+        };
+        let emulated = at(Level::Portable, HalfUnit::Emulated);
+        for level in Level::available() {
+            assert_eq!(at(level, HalfUnit::Emulated), emulated, "{level:?}");
+        }
+        for unit in HalfUnit::available() {
+            assert_eq!(at(Level::best(), unit), emulated, "{unit:?}");
+        }
+        for (ours, exact) in emulated.iter().zip(&exact) {
+            let size = (exact.iter().map(|x| x * x).sum::<f32>() / outputs as f32).sqrt();
+            let error = ours.iter().zip(exact).map(|(x, y)| (x - y) * (x - y)).sum::<f32>() / outputs as f32;
+            assert!(error.sqrt() < 2e-3 * size, "{} of {size}", error.sqrt());
+        }
+    }
+
+    #[test]
+    fn what_f16_cannot_hold_is_refused_or_not_a_number() {
+        let weight = (random(64, 10, 1) * 20.0).unwrap().to_dtype(DType::F16).unwrap();
+        assert!(pack_linear(&weight).unwrap_err().to_string().contains("beyond 16"));
+        let packed = pack_linear(&random(64, 10, 1).to_dtype(DType::F16).unwrap()).unwrap();
+        for bad in [f32::NAN, f32::INFINITY] {
+            let x = Tensor::from_vec([vec![1f32; 10], vec![bad; 10]].concat(), (2, 10), &Device::Cpu).unwrap();
+            let y = rows(&packed_linear(&x, &packed, 64, Arithmetic::F16).unwrap());
+            assert!(y[0].iter().all(|y| y.is_finite()) && y[1].iter().all(|y| y.is_nan()));
+        }
     }
 }

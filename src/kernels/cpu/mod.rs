@@ -2,16 +2,19 @@
 
 mod attention;
 mod cached_attention;
+mod half_product;
 mod linear;
 mod norm;
 mod output;
+mod panels;
 mod rotary;
 mod simd;
 
 pub use attention::varlen_attention;
 pub use cached_attention::{KvRing, cached_attention};
-pub use linear::{narrowed, pack_gate_up, pack_linear, packed_linear, packed_linear_into, packed_swiglu_into};
+pub use linear::{Arithmetic, packed_linear, packed_linear_into, packed_swiglu_into};
 pub use norm::{add_rms_norm, rms_norm};
+pub use panels::{narrowed, pack_gate_up, pack_linear};
 pub use rotary::rotary_embedding;
 
 use candle_core::{CpuStorage, Layout, Result, bail};

@@ -5,6 +5,8 @@
 
 use half::{bf16, f16};
 
+use super::half_product::twice;
+
 /// An instruction set, as a token that exists only where the CPU has it.
 ///
 /// All methods are `inline(always)`, as every function of a kernel has to be: what is not inlined into the
@@ -39,6 +41,11 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `LANES` values from `dst` on can be written.
     unsafe fn store(self, dst: *mut f32, value: Self::Vector);
+    /// Rounds to f16, to nearest with ties to even, and writes each value to both halves of a word.
+    ///
+    /// # Safety
+    /// `LANES` words from `dst` on can be written.
+    unsafe fn store_f16_pairs(self, dst: *mut u32, value: Self::Vector);
     /// `dst[c][r] = src[r][c]` for 8 rows and 8 columns.
     ///
     /// # Safety
@@ -198,6 +205,12 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn store_f16_pairs(self, dst: *mut u32, value: [f32; 4]) {
+        // SAFETY: as for `load`.
+        unsafe { dst.cast::<[u32; 4]>().write(value.map(|value| twice(f16::from_f32(value)))) }
+    }
+
+    #[inline(always)]
     unsafe fn transpose_8x8(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
         for r in 0..8 {
             for c in 0..8 {
@@ -291,6 +304,15 @@ mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn store_f16_pairs(self, dst: *mut u32, value: __m256) {
+            // SAFETY: as for `splat`, which proves F16C, too; the caller vouches for 8 words.
+            unsafe {
+                let words = _mm256_cvtepu16_epi32(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value));
+                _mm256_storeu_si256(dst.cast(), _mm256_or_si256(words, _mm256_slli_epi32::<16>(words)));
+            }
+        }
+
+        #[inline(always)]
         unsafe fn transpose_8x8(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
             // SAFETY: as for `splat`; the caller vouches for 8 rows of 8 values on both sides.
             unsafe { transpose_8x8(src, src_stride, dst, dst_stride) }
@@ -350,6 +372,15 @@ mod x86 {
         unsafe fn store(self, dst: *mut f32, value: __m512) {
             // SAFETY: as for `splat`; the caller vouches for 16 values.
             unsafe { _mm512_storeu_ps(dst, value) }
+        }
+
+        #[inline(always)]
+        unsafe fn store_f16_pairs(self, dst: *mut u32, value: __m512) {
+            // SAFETY: as for `splat`; the caller vouches for 16 words.
+            unsafe {
+                let words = _mm512_cvtepu16_epi32(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value));
+                _mm512_storeu_si512(dst.cast(), _mm512_or_si512(words, _mm512_slli_epi32::<16>(words)));
+            }
         }
 
         #[inline(always)]
