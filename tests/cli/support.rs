@@ -31,8 +31,8 @@ pub fn tickets() -> (String, String) {
 pub fn program(args: &[&str]) -> Command {
     let built = env!("CARGO_BIN_EXE_mistral-batch");
     let mut command = Command::new(std::env::var_os("TEST_PROGRAM").unwrap_or_else(|| built.into()));
-    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("MISTRAL_BATCH_") || name.starts_with("HF_"))
-    {
+    let is_ours = |name: &str| ["MISTRAL_BATCH_", "HF_", "OPENLINEAGE_"].iter().any(|prefix| name.starts_with(prefix));
+    for (name, _) in std::env::vars().filter(|(name, _)| is_ours(name)) {
         command.env_remove(name);
     }
     command.args(args);
