@@ -43,7 +43,7 @@ pub fn run(job: Job) -> Result<()> {
         return result.map(|_| ());
     }
     if let Some(hashes) = &mut report.hashes {
-        hashes.output = Some(output_sha256(&OutputTarget::new(&spec.output))?);
+        hashes.output = Some(output_sha256(&OutputTarget::locate(&spec.output, &spec.stores)?)?);
     }
     write_report(path, &report)
 }

@@ -9,6 +9,7 @@ use super::values::{Count, count};
 use super::{Job, MessageSettings};
 use crate::data::format::InputFormat;
 use crate::data::sink::OnExisting;
+use crate::data::store::Stores;
 use crate::job::{CommandSpec, DEFAULT_MAX_BATCH_TOKENS, JobSpec, PromptSpec};
 use crate::text::Overflow;
 
@@ -211,6 +212,7 @@ impl CommonSettings {
             inputs: self.input,
             input_format: self.input_format,
             output: self.output,
+            stores: Stores::default(),
             on_existing: match (self.resume, self.overwrite) {
                 (true, _) => OnExisting::Resume,
                 (_, true) => OnExisting::Overwrite,
