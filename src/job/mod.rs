@@ -31,3 +31,6 @@ pub use runner::{JobIdentity, identify, run, run_sharing};
 pub use settings::{Job, JobSettings, LogFormat, MessageSettings, ProgressMode, count};
 pub use spec::{DEFAULT_MAX_BATCH_TOKENS, JobSpec, PromptSpec};
 pub use variables::Variables;
+
+#[cfg(test)]
+mod store_tests;

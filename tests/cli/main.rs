@@ -11,6 +11,8 @@ mod job_files;
 mod jobs;
 mod kills;
 mod messages;
+#[cfg(feature = "cloud")]
+mod object_stores;
 mod prompts;
 mod row_params;
 mod schedulers;

@@ -43,11 +43,17 @@ pub(crate) struct FaultyStore {
     objects: InMemory,
     faults: Mutex<Vec<(&'static str, Fault, Range<usize>)>>,
     calls: Mutex<HashMap<&'static str, usize>>,
+    replacement: Mutex<Option<(usize, Key, Vec<u8>)>>,
 }
 
 impl FaultyStore {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { objects: InMemory::new(), faults: Mutex::default(), calls: Mutex::default() })
+        Arc::new(Self {
+            objects: InMemory::new(),
+            faults: Mutex::default(),
+            calls: Mutex::default(),
+            replacement: Mutex::default(),
+        })
     }
 
     /// Clients of this store alone, as `s3://bucket`.
@@ -64,6 +70,11 @@ impl FaultyStore {
 
     pub(crate) fn heal(&self) {
         self.faults.lock().unwrap().clear();
+    }
+
+    /// Lets somebody put `content` at `key` once as many objects were put.
+    pub(crate) fn replace_after_puts(&self, puts: usize, key: &str, content: Vec<u8>) {
+        *self.replacement.lock().unwrap() = Some((puts, Key::from(key), content));
     }
 
     /// Requests of a kind since the last fault for it was set.
@@ -155,6 +166,11 @@ impl ObjectStore for FaultyStore {
             return Err(error);
         }
         let result = self.objects.put_opts(key, payload, options).await;
+        let is_due = |(puts, ..): &mut (usize, Key, Vec<u8>)| *puts <= self.count("put");
+        let due = self.replacement.lock().unwrap().take_if(is_due);
+        if let Some((_, key, content)) = due {
+            self.objects.put(&key, content.into()).await?;
+        }
         match fault {
             Some(Fault::LostReply) => Err(unavailable()),
             Some(Fault::LostThenRefused) => Err(exists(key)),
