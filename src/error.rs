@@ -112,6 +112,10 @@ pub enum Error {
     #[error("cannot {action} {path}: {source}{}", io_hint(.source))]
     Io { action: &'static str, path: PathBuf, source: io::Error },
 
+    /// An object store refused, or could not be reached.
+    #[error("cannot {action} {path}: {failure}")]
+    Store { action: &'static str, path: PathBuf, failure: StoreFailure },
+
     /// Another run works on this output.
     #[error("{path}: another run holds this output; wait for it to end, or choose another --output")]
     OutputLocked { path: PathBuf },
@@ -141,6 +145,57 @@ pub enum Error {
     Internal(String),
 }
 
+/// Why an object store did not do what it was asked, after its client's retries.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}{}", .kind.hint())]
+pub struct StoreFailure {
+    pub kind: StoreFailureKind,
+    /// One line of the client's.
+    pub message: String,
+}
+
+/// What a failure of an object store asks of whoever reads it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StoreFailureKind {
+    /// There is no such object or bucket.
+    Missing,
+    /// No credentials, or not enough permissions.
+    Denied,
+    /// The object is not the one that was planned.
+    Changed,
+    /// The store cannot do what was asked, whoever asks and however often.
+    Unsupported,
+    /// The store answered 5xx, timed out or could not be reached: trying again may help.
+    Transient,
+    /// It understood, and refused.
+    Refused,
+}
+
+impl StoreFailureKind {
+    /// The exit status that fits.
+    pub fn exit_code(self) -> ExitCode {
+        match self {
+            StoreFailureKind::Missing => ExitCode::NoInput,
+            StoreFailureKind::Denied => ExitCode::Unavailable,
+            StoreFailureKind::Changed => ExitCode::InputData,
+            StoreFailureKind::Unsupported => ExitCode::CannotCreate,
+            StoreFailureKind::Transient => ExitCode::TryAgain,
+            StoreFailureKind::Refused => ExitCode::Io,
+        }
+    }
+
+    fn hint(self) -> &'static str {
+        match self {
+            StoreFailureKind::Missing => "; check bucket and key",
+            StoreFailureKind::Denied => {
+                "; check the credentials in the environment (AWS_*, GOOGLE_*, AZURE_*) and what they may do"
+            }
+            StoreFailureKind::Transient => "; the same command again may go through, with --resume where it had begun",
+            StoreFailureKind::Changed | StoreFailureKind::Unsupported | StoreFailureKind::Refused => "",
+        }
+    }
+}
+
 /// The number of SIGINT on every platform that we run on.
 pub const SIGINT: i32 = 2;
 /// The number of SIGTERM on every platform that we run on.
@@ -165,6 +220,7 @@ impl Error {
             Error::Internal(_) => ExitCode::Internal,
             Error::CannotCreate { .. } => ExitCode::CannotCreate,
             Error::Io { .. } => ExitCode::Io,
+            Error::Store { failure, .. } => failure.kind.exit_code(),
             Error::OutputLocked { .. } => ExitCode::TryAgain,
             Error::AnotherJob { .. } | Error::Config { .. } => ExitCode::Config,
             Error::Stopped { signal: SIGTERM } | Error::Paused { signal: SIGTERM } => ExitCode::Terminated,

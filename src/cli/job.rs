@@ -45,7 +45,7 @@ pub fn run(job: Job) -> Result<()> {
     let result = result.map_err(|error| if needs_resume { error } else { error.resumed_by_a_rerun() });
     let result = result.and_then(|mut report| {
         if let (Some(_), Some(hashes)) = (&messages.report, &mut report.hashes) {
-            hashes.output = Some(output_sha256(&OutputTarget::new(&spec.output))?);
+            hashes.output = Some(output_sha256(&OutputTarget::locate(&spec.output, &spec.stores)?)?);
         }
         Ok(report)
     });
@@ -58,7 +58,7 @@ pub fn run(job: Job) -> Result<()> {
     if let Some(display) = display {
         display.finish(&report);
     }
-    let told = outlets.end_job(&report, &spec.output);
+    let told = outlets.end_job(&report, &spec);
     result.map(|_| ()).and(told)
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -18,7 +18,7 @@ use crate::data::output::OutputTarget;
 use crate::error::{Error, Result};
 use crate::job::lineage::{LineageRun, OutputSize};
 use crate::job::prometheus::{MetricLabels, MetricsText, RunEnd, RunTimes};
-use crate::job::{Counters, MessageSettings, RunControl, RunReport};
+use crate::job::{Counters, JobSpec, MessageSettings, RunControl, RunReport};
 
 /// How often the metrics of a run under way are written; scrapers come every 15 s or so.
 const METRICS_INTERVAL: Duration = Duration::from_secs(10);
@@ -81,11 +81,11 @@ impl Outlets {
     ///
     /// # Errors
     /// [`Error::Io`] when a file cannot be written; of a run that failed that is only warned of.
-    pub fn end_job(&self, report: &RunReport, output: &Path) -> Result<()> {
+    pub fn end_job(&self, report: &RunReport, spec: &JobSpec) -> Result<()> {
         let end = RunEnd { exit_code: report.exit_code, retryable: report.retryable };
         let event = |lineage: &LineageRun| -> Result<Value> {
             let is_whole = report.exit_code == 0;
-            let size = is_whole.then(|| output_size(output)).transpose()?;
+            let size = is_whole.then(|| output_size(spec)).transpose()?;
             Ok(lineage.end(Utc::now(), report, size))
         };
         self.end(end, report, event, |text| text.job(report))
@@ -183,11 +183,11 @@ fn seconds(time: DateTime<Utc>) -> f64 {
     time.timestamp_millis() as f64 / 1000.0
 }
 
-fn output_size(output: &Path) -> Result<OutputSize> {
-    let files = output_files(&OutputTarget::new(output))?;
-    let bytes = |path: &PathBuf| std::fs::metadata(path).map(|file| file.len()).map_err(Error::io("read", path));
-    let bytes = files.iter().map(bytes).collect::<Result<Vec<u64>>>()?;
-    Ok(OutputSize { files: bytes.len() as u64, bytes: bytes.iter().sum() })
+fn output_size(spec: &JobSpec) -> Result<OutputSize> {
+    let files = output_files(&OutputTarget::locate(&spec.output, &spec.stores)?)?;
+    // One that was removed since is not told of.
+    let files: Vec<_> = files.iter().filter_map(|place| place.file().transpose()).collect::<Result<_>>()?;
+    Ok(OutputSize { files: files.len() as u64, bytes: files.iter().map(|file| file.size_bytes()).sum() })
 }
 
 /// Appends one JSON object as a line, in one write, so that runs can share the file.

@@ -7,11 +7,13 @@
 //!
 //! A failed fsync is never tried again: the kernel may have dropped the pages it could not write, and a second call
 //! would then report success for data that is gone.
+//!
+//! In an object store all of this is one conditional request, sent of a local file without a name.
 
 use std::error::Error as StdError;
 use std::fs::{self, File};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::{self, Write};
+use std::io::{self, Seek, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -20,6 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
+use super::store::Location;
 use crate::error::{Error, Result, one_line};
 
 /// What became of a file that was to be published.
@@ -81,6 +84,8 @@ fn rename_without_replacing(_temp: &Path, _place: &Path) -> rustix::io::Result<(
 pub struct TempFile {
     file: File,
     path: PathBuf,
+    /// Whether it is on its way to an object store: nothing of it has to outlive this process.
+    is_scratch: bool,
 }
 
 impl TempFile {
@@ -90,8 +95,24 @@ impl TempFile {
     /// [`Error::CannotCreate`], or [`Error::Io`] on a full disk.
     pub fn create(dir: &Path, name: &str) -> Result<Self> {
         let path = dir.join(format!(".{name}.tmp-{}-{:016x}", std::process::id(), random()));
-        let file = File::create_new(&path).map_err(|error| cannot_create(&path, error))?;
-        Ok(Self { file, path })
+        let file = File::options().read(true).write(true).create_new(true).open(&path);
+        let file = file.map_err(|error| cannot_create(&path, error))?;
+        Ok(Self { file, path, is_scratch: false })
+    }
+
+    /// A file that will stand in `dir`. For an object store it is made where the system has its temporary files
+    /// (`TMPDIR`), and loses its name at once, so that a kill leaves nothing behind.
+    ///
+    /// # Errors
+    /// As [`TempFile::create`].
+    pub fn create_in(dir: &Location, name: &str) -> Result<Self> {
+        if !dir.is_object() {
+            return Self::create(dir.path(), name);
+        }
+        let mut temp = Self::create(&std::env::temp_dir(), name)?;
+        fs::remove_file(&temp.path).map_err(Error::io("remove", &temp.path))?;
+        temp.is_scratch = true;
+        Ok(temp)
     }
 
     /// A second handle to write through, for writers that keep theirs and would lose the kind of an I/O error on the way.
@@ -100,6 +121,16 @@ impl TempFile {
     /// [`Error::CannotCreate`] when the system has no more handles.
     pub fn handle(&self) -> Result<File> {
         self.file.try_clone().map_err(|error| cannot_create(&self.path, error))
+    }
+
+    /// A reader of what was written, from the beginning on; no more may be written after it.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn written(&self) -> Result<File> {
+        let mut file = self.handle()?;
+        file.rewind().map_err(Error::io("read", &self.path))?;
+        Ok(file)
     }
 
     /// The name under which it is being written.
@@ -113,19 +144,37 @@ impl TempFile {
     /// [`Error::Io`]; the file must then be given up.
     pub fn sync(&self) -> Result<()> {
         fault_point("before-fsync");
+        if self.is_scratch {
+            return Ok(());
+        }
         self.file.sync_all().map_err(Error::io("fsync", &self.path))
     }
 
     /// Makes the content durable and publishes it at `place`.
     ///
     /// # Errors
-    /// As [`publish`], and [`Error::Io`] when the fsync fails.
-    pub fn publish(self, place: &Path) -> Result<Published> {
+    /// As [`publish`], [`Error::Io`] when the fsync fails, and [`Error::Store`] when an object store does.
+    pub fn publish(self, place: &Location) -> Result<Published> {
         self.sync()?;
         fault_point("before-publish");
-        let published = publish(&self.path, place)?;
+        let published = match place.is_object() {
+            false => publish(&self.path, place.path())?,
+            true if place.put_if_absent(&self.file)? => Published::Now,
+            true => Published::AlreadyThere,
+        };
         fault_point("after-publish");
         Ok(published)
+    }
+
+    /// As [`TempFile::replace`], for any place.
+    ///
+    /// # Errors
+    /// As [`TempFile::replace`], and [`Error::Store`].
+    pub fn replace_at(self, place: &Location) -> Result<()> {
+        match place.is_object() {
+            true => place.put_over(&self.file),
+            false => self.replace(place.path()),
+        }
     }
 
     /// Makes the content durable and puts it at `place`, over whatever stands there.
@@ -152,7 +201,9 @@ impl Write for TempFile {
 impl Drop for TempFile {
     fn drop(&mut self) {
         // Published or renamed, it is gone already; the random name belongs to nobody else.
-        let _ = fs::remove_file(&self.path);
+        if !self.is_scratch {
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -297,8 +348,13 @@ fn same_error(error: &io::Error) -> io::Error {
 }
 
 /// Sixty-four bits that no other process will draw: names of temporary files, nonces.
-pub(super) fn random() -> u64 {
+fn random() -> u64 {
     RandomState::new().build_hasher().finish()
+}
+
+/// What tells one attempt to publish from all others.
+pub(super) fn nonce() -> String {
+    format!("{:016x}{:016x}", random(), random())
 }
 
 /// A test hook: aborts the process here when `MISTRAL_BATCH_FAULT` is `NAME`, or `NAME:N` for the Nth time.
@@ -334,14 +390,14 @@ mod tests {
     #[test]
     fn publishing_never_replaces() {
         let dir = tempfile::tempdir().unwrap();
-        let place = dir.path().join("part");
+        let place = Location::from(dir.path().join("part"));
         let mut first = TempFile::create(dir.path(), "part").unwrap();
         first.write_all(b"first").unwrap();
         assert_eq!(first.publish(&place).unwrap(), Published::Now);
         let mut second = TempFile::create(dir.path(), "part").unwrap();
         second.write_all(b"second").unwrap();
         assert_eq!(second.publish(&place).unwrap(), Published::AlreadyThere);
-        assert_eq!(fs::read(&place).unwrap(), b"first");
+        assert_eq!(fs::read(place.path()).unwrap(), b"first");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays behind");
     }
 

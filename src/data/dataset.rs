@@ -1,11 +1,8 @@
 //! A dataset: the files behind the inputs, their rows, and the one schema that they share.
 
 use std::collections::HashMap;
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::UNIX_EPOCH;
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use rayon::prelude::*;
@@ -18,6 +15,7 @@ use crate::data::source::csv::CellKinds;
 use crate::data::source::decode::{Columns, Layout, Survey};
 use crate::data::source::jsonl::{Conflict, Members};
 use crate::data::source::{arrow_ipc, csv, jsonl, parquet};
+use crate::data::store::{Identity, StoredFile, Stores};
 use crate::error::{Error, Result};
 
 /// Decoded batches aim at this many bytes.
@@ -28,12 +26,14 @@ const MAX_READ_ROWS: u64 = 1024;
 /// What to open, and how.
 #[derive(Debug, Clone, Default)]
 pub struct DatasetOptions {
-    /// Files, directories and globs, in the order of their rows.
+    /// Files, directories, globs, and the same as URLs of object stores, in the order of their rows.
     pub inputs: Vec<String>,
     /// The format of every file; by extension where it is `None`.
     pub format: Option<InputFormat>,
     /// Columns of CSV and JSONL that are text whatever their values look like.
     pub text_columns: Vec<String>,
+    /// Where URLs lead to.
+    pub stores: Stores,
 }
 
 /// One input file, as it was when the dataset was opened.
@@ -43,10 +43,8 @@ pub struct InputFile {
     pub path: PathBuf,
     /// How it is decoded.
     pub format: InputFormat,
-    /// Its size.
-    pub size_bytes: u64,
-    /// When it was last modified, in nanoseconds since 1970.
-    pub modified_ns: i64,
+    /// Its bytes, and which version of it they are.
+    pub stored: StoredFile,
     /// Its number of rows.
     pub rows: u64,
     /// Rows per decoded batch, from the average size of a row: about 8 MiB, 1 to 1024 rows.
@@ -63,10 +61,9 @@ pub struct InputFile {
 pub struct FileStamp {
     /// Where it is, as the user wrote it.
     pub path: PathBuf,
-    /// Its size.
-    pub size_bytes: u64,
-    /// When it was last modified, in nanoseconds since 1970.
-    pub modified_ns: i64,
+    /// Its size, and its time of modification or etag.
+    #[serde(flatten)]
+    pub identity: Identity,
     /// Its number of rows.
     pub rows: u64,
 }
@@ -74,12 +71,7 @@ pub struct FileStamp {
 impl InputFile {
     /// The file's stamp for the plan.
     pub fn stamp(&self) -> FileStamp {
-        FileStamp {
-            path: self.path.clone(),
-            size_bytes: self.size_bytes,
-            modified_ns: self.modified_ns,
-            rows: self.rows,
-        }
+        FileStamp { path: self.path.clone(), identity: self.stored.identity().clone(), rows: self.rows }
     }
 }
 
@@ -104,14 +96,14 @@ impl Dataset {
     /// [`Error::NoInput`], [`Error::InputCorrupt`], [`Error::SchemaDrift`] where two files disagree,
     /// [`Error::Usage`] where a partition key is a column too, [`Error::Io`].
     pub fn open(options: &DatasetOptions) -> Result<Dataset> {
-        let found = discover(&options.inputs, options.format)?;
+        let found = discover(&options.inputs, options.format, &options.stores)?;
         let (names, partition_values) = partitions(&found)?;
         // Surveys run in parallel, but the first bad file in the order of the rows is the one reported.
-        let surveys: Vec<Result<(u64, i64, Survey)>> = found.par_iter().map(survey).collect();
+        let surveys: Vec<Result<(StoredFile, Survey)>> = found.par_iter().map(survey).collect();
         let surveys = surveys.into_iter().collect::<Result<Vec<_>>>()?;
-        let paths: Vec<&Path> = found.iter().map(|file| file.path.as_path()).collect();
+        let paths: Vec<&Path> = found.iter().map(FoundFile::path).collect();
         let own_columns =
-            own_columns(&paths, surveys.iter().map(|(_, _, survey)| &survey.columns), &options.text_columns)?;
+            own_columns(&paths, surveys.iter().map(|(_, survey)| &survey.columns), &options.text_columns)?;
         let merged = agree(&paths, &own_columns)?;
         for name in &names {
             if merged.iter().any(|field| field.name() == name) {
@@ -125,7 +117,7 @@ impl Dataset {
 
         let types: HashMap<&str, &Field> = merged.iter().map(|field| (field.name().as_str(), field)).collect();
         let mut files: Vec<InputFile> = Vec::with_capacity(found.len());
-        for (((file, (size_bytes, modified_ns, survey)), own), partitions) in
+        for (((file, (stored, survey)), own), partitions) in
             found.iter().zip(surveys).zip(&own_columns).zip(&partition_values)
         {
             let fields = own.iter().flatten().filter_map(|field| types.get(field.name().as_str()).copied().cloned());
@@ -136,10 +128,9 @@ impl Dataset {
                 _ => Arc::new(schema),
             };
             files.push(InputFile {
-                path: file.path.clone(),
+                path: file.path().to_owned(),
                 format: file.format,
-                size_bytes,
-                modified_ns,
+                stored,
                 rows: survey.rows,
                 read_rows: (READ_BYTES / survey.bytes_per_row.max(1)).clamp(1, MAX_READ_ROWS) as usize,
                 partitions: partitions.clone(),
@@ -159,7 +150,7 @@ impl Dataset {
         self.files.iter().map(|file| file.rows).fold(0, u64::saturating_add)
     }
 
-    /// Checks that a file still has the size and time of modification that it was opened with.
+    /// Checks that a file still has the size and the time of modification, or the etag, that it was opened with.
     ///
     /// # Errors
     ///
@@ -168,19 +159,7 @@ impl Dataset {
         let Some(file) = self.files.get(file) else {
             return Err(Error::Internal(format!("file {file} of {} was asked for", self.files.len())));
         };
-        let changed = |message: String| Error::InputChanged { path: file.path.clone(), message };
-        let (size_bytes, modified_ns) = match stat(&file.path) {
-            Ok(now) => now,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(changed("it is gone".to_owned())),
-            Err(error) => return Err(Error::io("read", &file.path)(error)),
-        };
-        if size_bytes != file.size_bytes {
-            return Err(changed(format!("it had {} bytes, now {size_bytes}", file.size_bytes)));
-        }
-        if modified_ns != file.modified_ns {
-            return Err(changed("it was written to".to_owned()));
-        }
-        Ok(())
+        file.stored.verify_unchanged()
     }
 
     /// The column `name`, which the user gave with `flag`.
@@ -195,26 +174,25 @@ impl Dataset {
     }
 }
 
-fn stat(path: &Path) -> io::Result<(u64, i64)> {
-    let metadata = fs::metadata(path)?;
-    let modified = metadata.modified()?;
-    let nanoseconds = match modified.duration_since(UNIX_EPOCH) {
-        Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
-        Err(before) => i64::try_from(before.duration().as_nanos()).map_or(i64::MIN, |before| -before),
+/// The identity is taken first, so that a change during the survey is seen later.
+fn survey(file: &FoundFile) -> Result<(StoredFile, Survey)> {
+    let stored = match &file.identity {
+        Some(identity) => StoredFile::new(file.location.clone(), identity.clone()),
+        None => file.location.file()?.ok_or_else(|| Error::NoInput {
+            path: file.path().to_owned(),
+            message: "it is gone since it was listed".to_owned(),
+        })?,
     };
-    Ok((metadata.len(), nanoseconds))
-}
-
-/// The stamp is taken first, so that a change during the survey is seen later.
-fn survey(file: &FoundFile) -> Result<(u64, i64, Survey)> {
-    let (size_bytes, modified_ns) = stat(&file.path).map_err(Error::io("read", &file.path))?;
     let survey = match file.format {
-        InputFormat::Parquet => parquet::survey(&file.path)?,
-        InputFormat::Arrow => arrow_ipc::survey(&file.path)?,
-        InputFormat::Csv => csv::survey(&file.path)?,
-        InputFormat::Jsonl => jsonl::survey(&file.path)?,
+        InputFormat::Parquet => parquet::survey(&stored),
+        InputFormat::Arrow => arrow_ipc::survey(&stored),
+        InputFormat::Csv => csv::survey(&stored),
+        InputFormat::Jsonl => jsonl::survey(&stored),
     };
-    Ok((size_bytes, modified_ns, survey))
+    match survey {
+        Ok(survey) => Ok((stored, survey)),
+        Err(error) => Err(stored.explain(error)),
+    }
 }
 
 /// Each file's columns in its own order. The types of CSV and JSONL columns are those that hold the
@@ -333,8 +311,8 @@ fn partitions(found: &[FoundFile]) -> Result<(Vec<String>, Vec<PartitionValues>)
     let Some(first) = found.first() else { return Ok((Vec::new(), Vec::new())) };
     let keys: Vec<String> = first.partitions.iter().map(|(key, _)| key.clone()).collect();
     let drift = |column: &str, file: &FoundFile, first_type: &str, second_type: &str| Error::SchemaDrift {
-        first: first.path.clone(),
-        second: file.path.clone(),
+        first: first.path().to_owned(),
+        second: file.path().to_owned(),
         column: column.to_owned(),
         first_type: first_type.to_owned(),
         second_type: second_type.to_owned(),

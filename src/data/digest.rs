@@ -1,27 +1,26 @@
 //! The digest of an output, as a person can compute it too.
 
-use std::fs::{self, File};
 use std::io;
-use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
 use super::output::OutputTarget;
 use super::part::unit_of_name;
+use super::store::Location;
 use crate::error::{Error, Result};
 
 /// Hex SHA-256 of a finished output: of the single file, or of the parts as `sha256sum part-*.parquet | sha256sum` gives
 /// it inside of the folder.
 ///
 /// # Errors
-/// [`Error::Io`] when a file cannot be read.
+/// [`Error::Io`] or [`Error::Store`] when a file cannot be read.
 pub fn output_sha256(target: &OutputTarget) -> Result<String> {
-    if let OutputTarget::File { path, .. } = target {
-        return file_sha256(path);
+    if let OutputTarget::File { place, .. } = target {
+        return file_sha256(place);
     }
     let mut list = String::new();
     for part in output_files(target)? {
-        list.push_str(&format!("{}  {}\n", file_sha256(&part)?, name(&part)));
+        list.push_str(&format!("{}  {}\n", file_sha256(&part)?, part.name()));
     }
     Ok(format!("{:x}", Sha256::digest(list)))
 }
@@ -29,34 +28,34 @@ pub fn output_sha256(target: &OutputTarget) -> Result<String> {
 /// The files of a finished output in the order of their rows.
 ///
 /// # Errors
-/// [`Error::Io`] when the folder cannot be read.
-pub fn output_files(target: &OutputTarget) -> Result<Vec<PathBuf>> {
+/// [`Error::Io`] or [`Error::Store`] when the folder cannot be read.
+pub fn output_files(target: &OutputTarget) -> Result<Vec<Location>> {
     let dir = match target {
-        OutputTarget::File { path, .. } => return Ok(vec![path.clone()]),
+        OutputTarget::File { place, .. } => return Ok(vec![place.clone()]),
         OutputTarget::Directory(dir) => dir,
     };
-    let entries = fs::read_dir(dir).map_err(Error::io("read", dir))?;
-    let paths = entries.map(|entry| entry.map(|entry| entry.path()));
-    let mut parts: Vec<PathBuf> = paths.collect::<io::Result<_>>().map_err(Error::io("read", dir))?;
-    parts.retain(|path| unit_of_name(&name(path)).is_some());
-    parts.sort();
-    Ok(parts)
+    let parts = dir.entries()?.into_iter().filter(|entry| unit_of_name(&entry.name).is_some());
+    Ok(parts.map(|entry| entry.location).collect())
 }
 
-fn name(path: &Path) -> String {
-    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
-}
-
-fn file_sha256(path: &Path) -> Result<String> {
-    let mut file = File::open(path).map_err(Error::io("open", path))?;
+/// Hex SHA-256 of a file or an object.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::Store`] when it cannot be read.
+pub(super) fn file_sha256(place: &Location) -> Result<String> {
+    let Some(stored) = place.file()? else {
+        return Err(Error::io("open", place.path())(io::ErrorKind::NotFound.into()));
+    };
     let mut digest = Sha256::new();
-    io::copy(&mut file, &mut digest).map_err(Error::io("read", path))?;
+    let copied = io::copy(&mut stored.open()?, &mut digest);
+    copied.map_err(|error| stored.explain(Error::io("read", place.path())(error)))?;
     Ok(format!("{:x}", digest.finalize()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn it_is_what_sha256sum_says() {
@@ -65,7 +64,7 @@ mod tests {
         fs::write(temp.path().join("part-000000.parquet"), "a").unwrap();
         fs::write(temp.path().join("_SUCCESS.json"), "{}").unwrap();
         // (cd "$dir" && sha256sum part-*.parquet | sha256sum)
-        assert_eq!(output_sha256(&OutputTarget::Directory(temp.path().to_owned())).unwrap(), EXPECTED);
+        assert_eq!(output_sha256(&OutputTarget::Directory(temp.path().into())).unwrap(), EXPECTED);
         let file = temp.path().join("x.csv");
         fs::write(&file, "a").unwrap();
         assert_eq!(

@@ -8,50 +8,67 @@
 //!   file that two inputs name is read twice.
 //! - Segments `key=value` below a directory, or from a glob's first wildcard on, are partition
 //!   columns: every file must have the same keys.
+//!
+//! In an object store the same holds of keys: an object, else a prefix, else a glob over keys.
+
+mod objects;
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use crate::data::format::{InputFormat, KNOWN_EXTENSIONS};
+use crate::data::store::{Identity, Location, Stores};
 use crate::error::{Error, Result, nearest_name, one_line};
 
 /// What Hive writes into a path for a null partition value.
 const HIVE_NULL: &str = "__HIVE_DEFAULT_PARTITION__";
 
+/// The message about a glob without files.
+const GLOB_MATCHES_NOTHING: &str = "the glob matches no file; quote it if the shell should leave it alone";
+
 /// A file to read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FoundFile {
     /// Where it is: the input as the user wrote it, and what was found below.
-    pub path: PathBuf,
+    pub location: Location,
+    /// Which version of it was found, in an object store.
+    pub identity: Option<Identity>,
     /// The format, by extension or as the user said.
     pub format: InputFormat,
     /// The `key=value` segments of its path, decoded, in their order; `None` is null.
     pub partitions: Vec<(String, Option<String>)>,
 }
 
+impl FoundFile {
+    /// The path or the URL.
+    pub fn path(&self) -> &Path {
+        self.location.path()
+    }
+}
+
 /// The files behind `inputs`, each read as `format` where one is given.
 ///
 /// # Errors
 ///
-/// [`Error::NoInput`] where an input names nothing, [`Error::Usage`] for addresses of object stores
-/// and for files whose format cannot be told, [`Error::Io`] where a directory cannot be read.
-pub fn discover(inputs: &[String], format: Option<InputFormat>) -> Result<Vec<FoundFile>> {
+/// [`Error::NoInput`] where an input names nothing, [`Error::Usage`] for addresses of stores that are not built in
+/// and for files whose format cannot be told, [`Error::Io`] where a directory cannot be read, [`Error::Store`].
+pub fn discover(inputs: &[String], format: Option<InputFormat>, stores: &Stores) -> Result<Vec<FoundFile>> {
     if inputs.is_empty() {
         return Err(Error::Usage("no input: name a file, a directory or a glob with --input".to_owned()));
     }
     let mut found = Vec::new();
     for input in inputs {
-        if input.contains("://") {
-            return Err(Error::Usage(format!(
-                "{input}: object stores are not built in; copy the files to a disk and give their path with --input"
-            )));
+        let location = stores.locate(input)?;
+        if location.is_object() {
+            objects::find(&location, format, &mut found)?;
+            continue;
         }
         let path = Path::new(input);
         match fs::metadata(path) {
             Ok(metadata) if metadata.is_dir() => directory(path, format, &mut found)?,
-            Ok(metadata) if metadata.is_file() => found.push(file(path.to_owned(), format, Vec::new())?),
+            Ok(metadata) if metadata.is_file() => found.push(file(location, None, format, Vec::new())?),
             Ok(_) => return Err(no_input(path, "not a regular file; write it to a file first")),
-            Err(_) if input.contains(['*', '?', '[']) => glob_files(input, format, &mut found)?,
+            Err(_) if is_glob(input) => glob_files(input, format, &mut found)?,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(missing(path)),
             Err(error) => return Err(Error::io("read", path)(error)),
         }
@@ -76,13 +93,19 @@ fn missing(path: &Path) -> Error {
     }
 }
 
-fn file(path: PathBuf, format: Option<InputFormat>, partitions: Vec<(String, Option<String>)>) -> Result<FoundFile> {
+fn file(
+    location: Location,
+    identity: Option<Identity>,
+    format: Option<InputFormat>,
+    partitions: Vec<(String, Option<String>)>,
+) -> Result<FoundFile> {
+    let path = location.path();
     if path.to_str().is_none() {
         // The plan is JSON and errors are lines of text: neither can carry other bytes.
         return Err(Error::Usage(format!("{}: the path is not UTF-8; rename it", path.display())));
     }
-    match format.or_else(|| InputFormat::of_path(&path)) {
-        Some(format) => Ok(FoundFile { path, format, partitions }),
+    match format.or_else(|| InputFormat::of_path(path)) {
+        Some(format) => Ok(FoundFile { location, identity, format, partitions }),
         None => Err(Error::Usage(format!(
             "{}: its name does not tell its format ({KNOWN_EXTENSIONS}); say it with --input-format",
             path.display()
@@ -102,18 +125,21 @@ fn directory(root: &Path, format: Option<InputFormat>, found: &mut Vec<FoundFile
     let mut paths = Vec::new();
     walk(root, format, &mut Vec::new(), &mut paths)?;
     if paths.is_empty() {
-        let looked_for = match format {
-            Some(_) => "nor any other file whose name does not start with '_' or '.'".to_owned(),
-            None => format!("looked for {KNOWN_EXTENSIONS}; for other names give --input-format"),
-        };
-        return Err(no_input(root, format!("the directory holds no input file ({looked_for})")));
+        return Err(no_input(root, format!("the directory holds no input file ({})", looked_for(format))));
     }
     sort_bytewise(&mut paths);
     for path in paths {
         let partitions = partitions_of(&path, path.strip_prefix(root).unwrap_or(&path))?;
-        found.push(file(path, format, partitions)?);
+        found.push(file(path.into(), None, format, partitions)?);
     }
     Ok(())
+}
+
+fn looked_for(format: Option<InputFormat>) -> String {
+    match format {
+        Some(_) => "nor any other file whose name does not start with '_' or '.'".to_owned(),
+        None => format!("looked for {KNOWN_EXTENSIONS}; for other names give --input-format"),
+    }
 }
 
 /// Collects the files below `folder`. `above` holds the resolved folders on the way down, so that a
@@ -141,13 +167,21 @@ fn walk(folder: &Path, format: Option<InputFormat>, above: &mut Vec<PathBuf>, pa
     Ok(())
 }
 
+fn not_a_glob(pattern: &str, error: glob::PatternError) -> Error {
+    Error::Usage(format!("{pattern}: not a glob ({}); check its brackets", one_line(error)))
+}
+
+/// Whether a name is to be matched, and not only taken as it is.
+fn is_glob(text: &str) -> bool {
+    text.contains(['*', '?', '['])
+}
+
 fn glob_files(pattern: &str, format: Option<InputFormat>, found: &mut Vec<FoundFile>) -> Result<()> {
-    let matches = glob::glob(pattern)
-        .map_err(|error| Error::Usage(format!("{pattern}: not a glob ({}); check its brackets", one_line(error))))?;
+    let matches = glob::glob(pattern).map_err(|error| not_a_glob(pattern, error))?;
     // Segments before the first wildcard are the user's own words; names are judged from there on.
     let fixed = Path::new(pattern)
         .components()
-        .take_while(|part| !part.as_os_str().to_string_lossy().contains(['*', '?', '[']))
+        .take_while(|part| !is_glob(&part.as_os_str().to_string_lossy()))
         .filter(|part| !matches!(part, Component::CurDir))
         .count();
     let below_fixed = |path: &Path| -> PathBuf {
@@ -165,16 +199,13 @@ fn glob_files(pattern: &str, format: Option<InputFormat>, found: &mut Vec<FoundF
         }
     }
     if paths.is_empty() {
-        return Err(no_input(
-            Path::new(pattern),
-            "the glob matches no file; quote it if the shell should leave it alone",
-        ));
+        return Err(no_input(Path::new(pattern), GLOB_MATCHES_NOTHING));
     }
     sort_bytewise(&mut paths);
     paths.dedup();
     for path in paths {
         let partitions = partitions_of(&path, &below_fixed(&path))?;
-        found.push(file(path, format, partitions)?);
+        found.push(file(path.into(), None, format, partitions)?);
     }
     Ok(())
 }
@@ -241,8 +272,8 @@ mod tests {
 
     fn names(folder: &TempDir, inputs: &[&str], format: Option<InputFormat>) -> Result<Vec<String>> {
         let inputs: Vec<String> = inputs.iter().map(|input| format!("{}/{input}", folder.path().display())).collect();
-        let found = discover(&inputs, format)?;
-        let below = |file: FoundFile| file.path.strip_prefix(folder.path()).unwrap().to_str().unwrap().to_owned();
+        let found = discover(&inputs, format, &Stores::default())?;
+        let below = |file: FoundFile| file.path().strip_prefix(folder.path()).unwrap().to_str().unwrap().to_owned();
         Ok(found.into_iter().map(below).collect())
     }
 
@@ -275,22 +306,22 @@ mod tests {
         assert_eq!(names(&folder, &["_out/*.csv"], None).unwrap(), ["_out/a.csv"]);
         let error = names(&folder, &["d/*"], None).unwrap_err();
         assert!(error.to_string().contains("e.txt") && error.to_string().contains("--input-format"), "{error}");
-        let keyed = discover(&[format!("{}/k=*/*.csv", folder.path().display())], None).unwrap();
+        let keyed = discover(&[format!("{}/k=*/*.csv", folder.path().display())], None, &Stores::default()).unwrap();
         assert_eq!(keyed[0].partitions, [("k".to_owned(), Some(" b".to_owned()))]);
-        let fixed = discover(&[format!("{}/k=1/*.csv", folder.path().display())], None).unwrap();
+        let fixed = discover(&[format!("{}/k=1/*.csv", folder.path().display())], None, &Stores::default()).unwrap();
         assert!(fixed[0].partitions.is_empty());
     }
 
     #[test]
     fn hive_segments_are_decoded() {
         let folder = tree(&["year=2024/city=K%C3%B6ln/a.csv", "year=__HIVE_DEFAULT_PARTITION__/city=a%2Fb/a.csv"]);
-        let found = discover(&[folder.path().to_str().unwrap().to_owned()], None).unwrap();
+        let found = discover(&[folder.path().to_str().unwrap().to_owned()], None, &Stores::default()).unwrap();
         let partition = |key: &str, value: Option<&str>| (key.to_owned(), value.map(str::to_owned));
         assert_eq!(found[0].partitions, [partition("year", Some("2024")), partition("city", Some("Köln"))]);
         assert_eq!(found[1].partitions, [partition("year", None), partition("city", Some("a/b"))]);
         assert_eq!(percent_decode("100%_%zz%E4"), "100%_%zz%E4");
         let twice = tree(&["a=1/a=2/x.csv"]);
-        assert!(discover(&[twice.path().to_str().unwrap().to_owned()], None).is_err());
+        assert!(discover(&[twice.path().to_str().unwrap().to_owned()], None, &Stores::default()).is_err());
     }
 
     #[cfg(unix)]
@@ -313,8 +344,8 @@ mod tests {
             assert_eq!(error.exit_code(), ExitCode::NoInput);
             assert!(error.to_string().contains(wanted), "{error}");
         }
-        let error = discover(&["s3://bucket/a.parquet".to_owned()], None).unwrap_err();
+        let error = discover(&["s3://bucket/a.parquet".to_owned()], None, &Stores::default()).unwrap_err();
         assert!(error.exit_code() == ExitCode::Usage && error.to_string().contains("object stores"), "{error}");
-        assert_eq!(discover(&[], None).unwrap_err().exit_code(), ExitCode::Usage);
+        assert_eq!(discover(&[], None, &Stores::default()).unwrap_err().exit_code(), ExitCode::Usage);
     }
 }

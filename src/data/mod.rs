@@ -2,7 +2,7 @@
 //!
 //! Input: [`discover`] finds files, [`dataset`] learns their rows and columns, [`units`] cuts them, [`source`] reads them,
 //! [`filter`] drops rows. Output: [`part`] writes one unit, [`commit`] publishes it, [`plan_file`] says what it belongs to,
-//! [`single_file`] joins parts, and [`sink`] holds all of it together.
+//! [`single_file`] joins parts, and [`sink`] holds all of it together. Both sides may be in an object [`store`].
 
 pub mod commit;
 pub mod dataset;
@@ -17,6 +17,7 @@ pub mod plan_file;
 pub mod single_file;
 pub mod sink;
 pub mod source;
+pub mod store;
 pub mod text_column;
 pub mod units;
 

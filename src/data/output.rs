@@ -2,6 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use super::store::{Location, Stores};
+use crate::error::Result;
+
 /// The format of a single-file output, told by the ending of its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OutputFormat {
@@ -41,12 +44,12 @@ impl OutputFormat {
 /// What `--output` names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum OutputTarget {
-    /// A directory that holds the parts and is the result.
-    Directory(PathBuf),
-    /// One file, assembled from parts that are kept beside it until then.
+    /// A directory, or a prefix of an object store, that holds the parts and is the result.
+    Directory(Location),
+    /// One file or object, assembled from parts that are kept beside it until then.
     File {
         /// The file that will appear.
-        path: PathBuf,
+        place: Location,
         /// What it will hold.
         format: OutputFormat,
     },
@@ -59,17 +62,35 @@ impl OutputTarget {
     /// other engines write directories called `x.parquet`.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         let path = path.into();
-        let said_directory = path.as_os_str().as_encoded_bytes().ends_with(b"/") || path.is_dir();
-        match OutputFormat::of_path(&path) {
-            Some(format) if !said_directory => Self::File { path, format },
-            _ => Self::Directory(path),
+        let is_folder = path.is_dir();
+        Self::of(path.into(), is_folder)
+    }
+
+    /// The same of a path or the URL of an object store; a prefix with objects below it is a directory.
+    ///
+    /// # Errors
+    /// As [`Stores::locate`], and [`Error::Store`](crate::Error::Store) where the store cannot be asked.
+    pub fn locate(path: &Path, stores: &Stores) -> Result<Self> {
+        // What is not UTF-8 is no URL.
+        let Some(text) = path.to_str() else { return Ok(Self::new(path)) };
+        let place = stores.locate(text)?;
+        let may_be_file = place.is_object() && OutputFormat::of_path(path).is_some() && !text.ends_with('/');
+        let is_folder = if may_be_file { place.is_folder()? } else { path.is_dir() };
+        Ok(Self::of(place, is_folder))
+    }
+
+    fn of(place: Location, is_folder: bool) -> Self {
+        let said_directory = place.path().as_os_str().as_encoded_bytes().ends_with(b"/") || is_folder;
+        match OutputFormat::of_path(place.path()) {
+            Some(format) if !said_directory => Self::File { place, format },
+            _ => Self::Directory(place),
         }
     }
 
     /// The path as it was given.
     pub fn path(&self) -> &Path {
         match self {
-            Self::Directory(path) | Self::File { path, .. } => path,
+            Self::Directory(place) | Self::File { place, .. } => place.path(),
         }
     }
 
@@ -82,49 +103,64 @@ impl OutputTarget {
     }
 
     /// Where plan and parts live: the directory itself, or `.NAME.mistral-batch/` beside a single file.
-    pub fn parts_dir(&self) -> PathBuf {
+    pub fn parts_dir(&self) -> Location {
         match self {
-            Self::Directory(path) => path.clone(),
-            Self::File { path, .. } => beside(path, ".mistral-batch"),
+            Self::Directory(place) => place.clone(),
+            Self::File { place, .. } => beside(place, ".mistral-batch"),
         }
     }
 
     /// The small file beside a CSV or JSONL output that lets us recognise it as ours: `.NAME.mistral-batch.json`.
     ///
     /// None for outputs that carry the fingerprint themselves.
-    pub fn stamp_path(&self) -> Option<PathBuf> {
+    pub fn stamp_place(&self) -> Option<Location> {
         match self {
-            Self::File { path, format: OutputFormat::Jsonl | OutputFormat::Csv } => {
-                Some(beside(path, ".mistral-batch.json"))
+            Self::File { place, format: OutputFormat::Jsonl | OutputFormat::Csv } => {
+                Some(beside(place, ".mistral-batch.json"))
             }
             _ => None,
         }
     }
 }
 
-fn beside(path: &Path, ending: &str) -> PathBuf {
-    let mut name = std::ffi::OsString::from(".");
-    name.push(path.file_name().unwrap_or_default());
-    name.push(ending);
-    path.with_file_name(name)
+fn beside(place: &Location, ending: &str) -> Location {
+    place.with_name(&format!(".{}{ending}", place.name()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::store::testing::{FaultyStore, put};
 
     #[test]
     fn the_ending_decides_unless_a_directory_is_there() {
         let temp = tempfile::tempdir().unwrap();
         let file = temp.path().join("out.parquet");
-        assert_eq!(OutputTarget::new(&file), OutputTarget::File { path: file.clone(), format: OutputFormat::Parquet });
-        assert_eq!(OutputTarget::new(&file).parts_dir(), temp.path().join(".out.parquet.mistral-batch"));
+        let place = Location::from(file.clone());
+        assert_eq!(OutputTarget::new(&file), OutputTarget::File { place, format: OutputFormat::Parquet });
+        assert_eq!(OutputTarget::new(&file).parts_dir().path(), temp.path().join(".out.parquet.mistral-batch"));
         std::fs::create_dir(&file).unwrap();
-        assert_eq!(OutputTarget::new(&file), OutputTarget::Directory(file.clone()));
-        assert_eq!(OutputTarget::new(&file).parts_dir(), file);
-        assert_eq!(OutputTarget::new("new.csv/"), OutputTarget::Directory("new.csv/".into()));
-        assert_eq!(OutputTarget::new("results"), OutputTarget::Directory("results".into()));
-        assert_eq!(OutputTarget::new("a/x.CSV").stamp_path(), Some("a/.x.CSV.mistral-batch.json".into()));
-        assert_eq!(OutputTarget::new("x.arrow").stamp_path(), None);
+        assert_eq!(OutputTarget::new(&file), OutputTarget::Directory(file.clone().into()));
+        assert_eq!(OutputTarget::new(&file).parts_dir().path(), file);
+        assert_eq!(OutputTarget::new("new.csv/"), OutputTarget::Directory(Path::new("new.csv/").into()));
+        assert_eq!(OutputTarget::new("results"), OutputTarget::Directory(Path::new("results").into()));
+        let stamp = OutputTarget::new("a/x.CSV").stamp_place();
+        assert_eq!(stamp, Some(Path::new("a/.x.CSV.mistral-batch.json").into()));
+        assert_eq!(OutputTarget::new("x.arrow").stamp_place(), None);
+    }
+
+    #[test]
+    fn the_same_holds_in_an_object_store() {
+        let store = FaultyStore::new();
+        let target = |url: &str| OutputTarget::locate(Path::new(url), &store.stores()).unwrap();
+        let file = target("s3://bucket/a/x.csv");
+        assert!(matches!(&file, OutputTarget::File { format: OutputFormat::Csv, place } if place.is_object()));
+        assert_eq!(file.stamp_place().unwrap().path(), Path::new("s3://bucket/a/.x.csv.mistral-batch.json"));
+        assert_eq!(file.parts_dir().path(), Path::new("s3://bucket/a/.x.csv.mistral-batch"));
+        assert_eq!(file.parts_dir().object().unwrap().key().as_ref(), "a/.x.csv.mistral-batch");
+        assert!(matches!(target("s3://bucket/a/x.csv/"), OutputTarget::Directory(_)));
+        assert!(matches!(target("s3://bucket"), OutputTarget::Directory(_)));
+        put(&store, "a/x.csv/part.csv", "x");
+        assert!(matches!(target("s3://bucket/a/x.csv"), OutputTarget::Directory(_)));
     }
 }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
@@ -12,7 +12,8 @@ use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::metadata::{KeyValue, ParquetMetaData, ParquetMetaDataReader};
 use parquet::file::properties::WriterProperties;
 
-use super::commit::{Published, TempFile, fault_point, random, read_failed, write_failed};
+use super::commit::{Published, TempFile, fault_point, nonce, read_failed, write_failed};
+use super::store::{Location, StoredFile};
 use crate::error::{Error, Result};
 
 /// What the keys of ours in a Parquet footer begin with.
@@ -44,9 +45,8 @@ pub struct PartFooter {
 impl PartFooter {
     /// The footer of a part that is still to be written.
     pub fn new(fingerprint: &str, rows_digest: &str, unit: usize) -> Self {
-        let nonce = format!("{:016x}{:016x}", random(), random());
         let (fingerprint, rows_digest) = (fingerprint.to_owned(), rows_digest.to_owned());
-        Self { fingerprint, rows_digest, unit, rows: 0, nonce, extra: BTreeMap::new() }
+        Self { fingerprint, rows_digest, unit, rows: 0, nonce: nonce(), extra: BTreeMap::new() }
     }
 
     /// Whether both are of the same unit of the same job over the same inputs.
@@ -96,7 +96,7 @@ pub(super) fn unit_of_name(name: &str) -> Option<usize> {
 pub struct PartWriter {
     writer: ArrowWriter<File>,
     temp: TempFile,
-    dir: PathBuf,
+    dir: Location,
     footer: PartFooter,
 }
 
@@ -105,12 +105,12 @@ impl PartWriter {
     ///
     /// # Errors
     /// [`Error::CannotCreate`] or [`Error::Io`] when the file cannot be made.
-    pub fn create(dir: &Path, unit: usize, schema: SchemaRef, footer: &PartFooter) -> Result<Self> {
+    pub fn create(dir: &Location, unit: usize, schema: SchemaRef, footer: &PartFooter) -> Result<Self> {
         fault_point("before-write");
-        let temp = TempFile::create(dir, &part_name(unit))?;
+        let temp = TempFile::create_in(dir, &part_name(unit))?;
         let writer = ArrowWriter::try_new(temp.handle()?, schema, Some(writer_properties(Vec::new())?))
             .map_err(|error| write_failed(temp.path(), &error))?;
-        Ok(Self { writer, temp, dir: dir.to_owned(), footer: PartFooter { unit, rows: 0, ..footer.clone() } })
+        Ok(Self { writer, temp, dir: dir.clone(), footer: PartFooter { unit, rows: 0, ..footer.clone() } })
     }
 
     /// Appends rows.
@@ -118,7 +118,8 @@ impl PartWriter {
     /// # Errors
     /// [`Error::Io`], a full disk among it.
     pub fn write(&mut self, batch: &RecordBatch) -> Result<()> {
-        self.writer.write(batch).map_err(|error| write_failed(&self.dir.join(part_name(self.footer.unit)), &error))?;
+        let place = || self.dir.join(&part_name(self.footer.unit));
+        self.writer.write(batch).map_err(|error| write_failed(place().path(), &error))?;
         self.footer.rows += batch.num_rows() as u64;
         Ok(())
     }
@@ -129,28 +130,29 @@ impl PartWriter {
     }
 
     /// Writes the footer, fsyncs and publishes. A part of the same unit with as many rows that is there already is as
-    /// good: ours is dropped then.
+    /// good: ours is dropped then. It may be ours, too, published by a request whose reply was lost.
     ///
     /// # Errors
-    /// [`Error::CannotCreate`] when something else stands in the part's place, [`Error::Io`] otherwise.
+    /// [`Error::CannotCreate`] when something else stands in the part's place, [`Error::Io`] or [`Error::Store`]
+    /// otherwise.
     pub fn finish(mut self) -> Result<CommittedPart> {
-        let place = self.dir.join(part_name(self.footer.unit));
+        let place = self.dir.join(&part_name(self.footer.unit));
         for key_value in self.footer.key_values() {
             self.writer.append_key_value_metadata(key_value);
         }
-        self.writer.close().map_err(|error| write_failed(&place, &error))?;
+        self.writer.close().map_err(|error| write_failed(place.path(), &error))?;
         fault_point("after-write");
         if self.temp.publish(&place)? == Published::AlreadyThere {
-            let there = read_part_footer(&place)?;
+            let there = place.file()?.map(|there| read_part_footer(&there)).transpose()?.flatten();
             if !there.is_some_and(|there| there.same_unit(&self.footer) && there.rows == self.footer.rows) {
                 return Err(Error::CannotCreate {
-                    path: place,
+                    path: place.path().to_owned(),
                     message: "is there already and not this unit's; move it away, or choose another --output"
                         .to_owned(),
                 });
             }
         }
-        Ok(CommittedPart { path: place, unit: self.footer.unit, rows: self.footer.rows })
+        Ok(CommittedPart { path: place.path().to_owned(), unit: self.footer.unit, rows: self.footer.rows })
     }
 }
 
@@ -166,13 +168,15 @@ pub(super) fn writer_properties(key_values: Vec<KeyValue>) -> Result<WriterPrope
         .build())
 }
 
-/// What the footer of the part at `path` says; None when it is Parquet, but not a part of ours.
+/// What a part's footer says; None when it is Parquet, but not a part of ours.
 ///
 /// # Errors
-/// [`Error::InputCorrupt`] when it is no Parquet file, or its rows are not as many as its footer says.
-pub fn read_part_footer(path: &Path) -> Result<Option<PartFooter>> {
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    let metadata = ParquetMetaDataReader::new().parse_and_finish(&file).map_err(|error| read_failed(path, &error))?;
+/// [`Error::InputCorrupt`] when it is no Parquet file, or its rows are not as many as its footer says; [`Error::Io`],
+/// [`Error::Store`].
+pub fn read_part_footer(part: &StoredFile) -> Result<Option<PartFooter>> {
+    let (path, reader) = (part.path(), part.open()?);
+    let metadata = ParquetMetaDataReader::new().parse_and_finish(&reader);
+    let metadata = metadata.map_err(|error| part.explain(read_failed(path, &error)))?;
     let mut keys = own_keys(&metadata);
     let mut take = |key: &str| keys.remove(key);
     let (Some(fingerprint), Some(rows_digest), Some(unit), Some(rows), Some(nonce)) =
@@ -200,6 +204,7 @@ mod tests {
     use arrow::array::{ArrayRef, Int32Array};
     use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
     use std::fs;
+    use std::path::Path;
     use std::sync::Arc;
 
     fn batch(values: Vec<i32>) -> RecordBatch {
@@ -208,9 +213,13 @@ mod tests {
 
     fn write(dir: &Path, footer: &PartFooter, values: Vec<i32>) -> Result<CommittedPart> {
         let batch = batch(values);
-        let mut writer = PartWriter::create(dir, footer.unit, batch.schema(), footer)?;
+        let mut writer = PartWriter::create(&dir.into(), footer.unit, batch.schema(), footer)?;
         writer.write(&batch)?;
         writer.finish()
+    }
+
+    fn read(path: &Path) -> Result<Option<PartFooter>> {
+        read_part_footer(&Location::from(path).file()?.unwrap())
     }
 
     #[test]
@@ -220,7 +229,7 @@ mod tests {
         footer.extra.insert("source".to_owned(), "a.parquet".to_owned());
         let part = write(dir.path(), &footer, vec![1, 2, 3]).unwrap();
         assert_eq!(part, CommittedPart { path: dir.path().join("part-000007.parquet"), unit: 7, rows: 3 });
-        assert_eq!(read_part_footer(&part.path).unwrap().unwrap(), PartFooter { rows: 3, ..footer });
+        assert_eq!(read(&part.path).unwrap().unwrap(), PartFooter { rows: 3, ..footer });
         let file = File::open(&part.path).unwrap();
         let metadata = ParquetMetaDataReader::new().parse_and_finish(&file).unwrap();
         let created_by = metadata.file_metadata().created_by().unwrap();
@@ -234,14 +243,15 @@ mod tests {
         assert_eq!(part.rows, 0);
         let reader = ParquetRecordBatchReaderBuilder::try_new(File::open(&part.path).unwrap()).unwrap();
         assert_eq!(reader.schema().fields(), batch(vec![]).schema().fields());
-        assert_eq!(read_part_footer(&part.path).unwrap().unwrap().rows, 0);
+        assert_eq!(read(&part.path).unwrap().unwrap().rows, 0);
     }
 
     #[test]
     fn dropping_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let batch = batch(vec![1]);
-        let mut writer = PartWriter::create(dir.path(), 0, batch.schema(), &PartFooter::new("f", "r", 0)).unwrap();
+        let mut writer =
+            PartWriter::create(&dir.path().into(), 0, batch.schema(), &PartFooter::new("f", "r", 0)).unwrap();
         writer.write(&batch).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         drop(writer);
@@ -273,12 +283,11 @@ mod tests {
         let mut writer = ArrowWriter::try_new(File::create(&foreign).unwrap(), batch(vec![]).schema(), None).unwrap();
         writer.write(&batch(vec![1])).unwrap();
         writer.close().unwrap();
-        assert_eq!(read_part_footer(&foreign).unwrap(), None);
+        assert_eq!(read(&foreign).unwrap(), None);
         for damage in [&b""[..], b"PAR1", b"not parquet at all, but long enough"] {
             fs::write(&foreign, damage).unwrap();
-            assert!(matches!(read_part_footer(&foreign), Err(Error::InputCorrupt { .. })));
+            assert!(matches!(read(&foreign), Err(Error::InputCorrupt { .. })));
         }
-        assert!(matches!(read_part_footer(&dir.path().join("none")), Err(Error::Io { .. })));
     }
 
     #[test]

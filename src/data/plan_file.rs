@@ -1,16 +1,15 @@
 //! The plan that an output keeps as `_plan.json`, and the mark of success that is written last.
 
 use std::fmt::Write as _;
-use std::fs;
 use std::io::{self, Write as _};
-use std::path::Path;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::commit::{Published, TempFile, parent_of};
+use super::commit::{Published, TempFile, nonce};
+use super::store::Location;
 use crate::error::{Error, Result};
 
 /// The plan's name in the directory of parts.
@@ -218,15 +217,35 @@ pub(super) fn to_json(value: &impl Serialize) -> Result<String> {
     serde_json::to_string_pretty(value).map_err(|error| Error::Internal(format!("cannot write JSON: {error}")))
 }
 
-/// Publishes a JSON file like a part: whole or not at all, never over another file.
-pub(super) fn publish_json(place: &Path, value: &impl Serialize) -> Result<Published> {
-    let name = place.file_name().unwrap_or_default().to_string_lossy();
-    write_json_beside(parent_of(place), &name, value)?.publish(place)
+/// The key of a published JSON object that tells which attempt put it there.
+const NONCE_KEY: &str = "nonce";
+
+/// Publishes a JSON file in `dir` like a part: whole or not at all, never over another file.
+///
+/// In an object store it carries a nonce, so that a request of ours whose reply was lost is known by what is there.
+pub(super) fn publish_json(dir: &Location, name: &str, value: &impl Serialize) -> Result<Published> {
+    let place = dir.join(name);
+    if !place.is_object() {
+        return write_json_in(dir, name, value)?.publish(&place);
+    }
+    let mut json = serde_json::to_value(value).map_err(|error| Error::Internal(error.to_string()))?;
+    let nonce = Value::from(nonce());
+    if let Value::Object(keys) = &mut json {
+        keys.insert(NONCE_KEY.to_owned(), nonce.clone());
+    }
+    let published = write_json_in(dir, name, &json)?.publish(&place)?;
+    if published == Published::AlreadyThere
+        && let Some(there) = read_json::<Value>(&place)?.ours()
+        && there.get(NONCE_KEY) == Some(&nonce)
+    {
+        return Ok(Published::Now);
+    }
+    Ok(published)
 }
 
-/// Writes JSON under a temporary name in `dir`.
-pub(super) fn write_json_beside(dir: &Path, name: &str, value: &impl Serialize) -> Result<TempFile> {
-    let mut temp = TempFile::create(dir, name)?;
+/// Writes JSON into a temporary file that will stand in `dir`.
+pub(super) fn write_json_in(dir: &Location, name: &str, value: &impl Serialize) -> Result<TempFile> {
+    let mut temp = TempFile::create_in(dir, name)?;
     let text = to_json(value)? + "\n";
     temp.write_all(text.as_bytes()).map_err(Error::io("write", temp.path()))?;
     Ok(temp)
@@ -250,12 +269,12 @@ impl<T> JsonFile<T> {
     }
 }
 
-pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<JsonFile<T>> {
-    match fs::read(path) {
-        Ok(bytes) => Ok(serde_json::from_slice(&bytes).map_or(JsonFile::Foreign, JsonFile::Ours)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(JsonFile::Missing),
-        Err(error) if error.kind() == io::ErrorKind::IsADirectory => Ok(JsonFile::Foreign),
-        Err(error) => Err(Error::io("read", path)(error)),
+pub(super) fn read_json<T: DeserializeOwned>(place: &Location) -> Result<JsonFile<T>> {
+    match place.read() {
+        Ok(Some(bytes)) => Ok(serde_json::from_slice(&bytes).map_or(JsonFile::Foreign, JsonFile::Ours)),
+        Ok(None) => Ok(JsonFile::Missing),
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::IsADirectory => Ok(JsonFile::Foreign),
+        Err(error) => Err(error),
     }
 }
 

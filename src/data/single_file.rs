@@ -5,11 +5,11 @@
 //! so is an empty text.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, BufReader, BufWriter, Write};
+use std::fs;
+use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, RecordBatch, StringBuilder, new_empty_array};
@@ -29,9 +29,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::commit::{TempFile, read_failed, write_failed};
+use super::digest::file_sha256;
 use super::output::OutputFormat;
 use super::part::{KEY_PREFIX, own_keys, writer_properties};
 use super::plan_file::{JsonFile, PlanFile, SuccessFile, hex, read_json};
+use super::store::{Location, Reader, StoredFile};
 use crate::error::{Error, Result, one_line};
 
 /// Whether columns of `schema` can be written as `format`, so that a job does not find out at its end.
@@ -124,7 +126,7 @@ impl Marks {
 
 /// Writes the rows of `parts`, in their order, into `temp`. All parts have the columns of `schema`.
 pub(super) fn assemble(
-    parts: &[PathBuf],
+    parts: &[Location],
     schema: &SchemaRef,
     format: OutputFormat,
     marks: &Marks,
@@ -168,7 +170,7 @@ pub(super) fn assemble(
 }
 
 /// Copies the column chunks of every part: nothing is decoded.
-fn concatenate(parts: &[PathBuf], schema: &SchemaRef, marks: &Marks, temp: TempFile) -> Result<TempFile> {
+fn concatenate(parts: &[Location], schema: &SchemaRef, marks: &Marks, temp: TempFile) -> Result<TempFile> {
     let path = temp.path().to_owned();
     let failed = |error: ParquetError| write_failed(&path, &error);
     let mut key_values: Vec<KeyValue> = Vec::new();
@@ -181,9 +183,10 @@ fn concatenate(parts: &[PathBuf], schema: &SchemaRef, marks: &Marks, temp: TempF
     let mut writer =
         SerializedFileWriter::new(temp.handle()?, columns.root_schema_ptr(), Arc::new(properties)).map_err(failed)?;
     for part in parts {
-        let (input, metadata) = open_parquet(part)?;
+        let part = existing(part)?;
+        let (input, metadata) = open_parquet(&part)?;
         if metadata.file_metadata().schema() != columns.root_schema() {
-            return Err(Error::corrupt(part, "its columns are not those of this job"));
+            return Err(Error::corrupt(part.path(), "its columns are not those of this job"));
         }
         for (index, group) in metadata.row_groups().iter().enumerate() {
             let column_index = metadata.column_index().and_then(|groups| groups.get(index));
@@ -198,7 +201,7 @@ fn concatenate(parts: &[PathBuf], schema: &SchemaRef, marks: &Marks, temp: TempF
                     column_index: column_index.and_then(|columns| columns.get(index)).cloned(),
                     offset_index: offset_index.and_then(|columns| columns.get(index)).cloned(),
                 };
-                group_writer.append_column(&input, close).map_err(failed)?;
+                group_writer.append_column(&input, close).map_err(|error| part.explain(failed(error)))?;
             }
             group_writer.close().map_err(failed)?;
         }
@@ -207,21 +210,27 @@ fn concatenate(parts: &[PathBuf], schema: &SchemaRef, marks: &Marks, temp: TempF
     Ok(temp)
 }
 
-fn open_parquet(path: &Path) -> Result<(File, ParquetMetaData)> {
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    let metadata = ParquetMetaDataReader::new()
-        .with_page_index_policy(PageIndexPolicy::Optional)
-        .parse_and_finish(&file)
-        .map_err(|error| read_failed(path, &error))?;
-    Ok((file, metadata))
+/// The part, which has to be there.
+fn existing(part: &Location) -> Result<StoredFile> {
+    part.file()?.ok_or_else(|| Error::io("open", part.path())(io::ErrorKind::NotFound.into()))
 }
 
-fn for_each_batch(parts: &[PathBuf], mut consume: impl FnMut(&RecordBatch) -> Result<()>) -> Result<()> {
+fn open_parquet(file: &StoredFile) -> Result<(Reader, ParquetMetaData)> {
+    let reader = file.open()?;
+    let metadata = ParquetMetaDataReader::new()
+        .with_page_index_policy(PageIndexPolicy::Optional)
+        .parse_and_finish(&reader)
+        .map_err(|error| file.explain(read_failed(file.path(), &error)))?;
+    Ok((reader, metadata))
+}
+
+fn for_each_batch(parts: &[Location], mut consume: impl FnMut(&RecordBatch) -> Result<()>) -> Result<()> {
     for part in parts {
-        let file = File::open(part).map_err(Error::io("open", part))?;
-        let reader = ParquetRecordBatchReaderBuilder::try_new(file).and_then(|builder| builder.build());
-        for batch in reader.map_err(|error| read_failed(part, &error))? {
-            consume(&batch.map_err(|error| read_failed(part, &error))?)?;
+        let part = existing(part)?;
+        let failed = |error: &(dyn std::error::Error + 'static)| part.explain(read_failed(part.path(), error));
+        let reader = ParquetRecordBatchReaderBuilder::try_new(part.open()?).and_then(|builder| builder.build());
+        for batch in reader.map_err(|error| failed(&error))? {
+            consume(&batch.map_err(|error| failed(&error))?)?;
         }
     }
     Ok(())
@@ -319,22 +328,20 @@ pub(super) enum FinalFile {
 }
 
 /// Looks at the file of a single-file output, by what it carries or by the stamp beside it.
-pub(super) fn read_final_file(path: &Path, format: OutputFormat, stamp: Option<&Path>) -> Result<FinalFile> {
-    let stat = match fs::metadata(path) {
-        Ok(stat) if stat.is_file() => stat,
-        Ok(_) => return Ok(FinalFile::Foreign),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(FinalFile::Missing),
-        Err(error) => return Err(Error::io("read", path)(error)),
-    };
+pub(super) fn read_final_file(place: &Location, format: OutputFormat, stamp: Option<&Location>) -> Result<FinalFile> {
+    let Some(file) = place.file()? else { return Ok(FinalFile::Missing) };
+    if !place.is_object() && !place.path().is_file() {
+        return Ok(FinalFile::Foreign);
+    }
     let marks = match (format, stamp) {
-        (OutputFormat::Parquet, _) => match open_parquet(path) {
+        (OutputFormat::Parquet, _) => match open_parquet(&file) {
             Ok((_, metadata)) => Marks::from_pairs(&own_keys(&metadata)),
             Err(Error::InputCorrupt { .. }) => None,
             Err(error) => return Err(error),
         },
-        (OutputFormat::Arrow, _) => arrow_marks(path)?,
+        (OutputFormat::Arrow, _) => arrow_marks(&file)?,
         (_, Some(stamp)) => match read_json::<Stamp>(stamp)?.ours() {
-            Some(stamp) if stamp.fits(path, &stat)? => Some(stamp.marks),
+            Some(stamp) if stamp.fits(&file)? => Some(stamp.marks),
             _ => None,
         },
         (_, None) => None,
@@ -342,11 +349,11 @@ pub(super) fn read_final_file(path: &Path, format: OutputFormat, stamp: Option<&
     Ok(marks.map_or(FinalFile::Foreign, |marks| FinalFile::Ours(Box::new(marks))))
 }
 
-fn arrow_marks(path: &Path) -> Result<Option<Marks>> {
-    let file = File::open(path).map_err(Error::io("open", path))?;
+fn arrow_marks(file: &StoredFile) -> Result<Option<Marks>> {
+    let reader = file.open()?;
     // A file that only calls itself .arrow must be "not ours", whatever its bytes do to the reader.
-    let Ok(Ok(reader)) = catch_unwind(AssertUnwindSafe(|| FileReader::try_new_buffered(file, None))) else {
-        return Ok(None);
+    let Ok(Ok(reader)) = catch_unwind(AssertUnwindSafe(|| FileReader::try_new_buffered(reader, None))) else {
+        return file.check().map(|()| None);
     };
     let pairs = reader.custom_metadata().iter();
     let pairs = pairs.filter_map(|(key, value)| Some((key.strip_prefix(KEY_PREFIX)?.to_owned(), value.clone())));
@@ -365,28 +372,32 @@ pub(super) struct Stamp {
 
 impl Stamp {
     /// The stamp of the finished file that still has its temporary name; renaming changes none of it.
-    pub(super) fn of(path: &Path, marks: Marks) -> Result<Self> {
-        let stat = fs::metadata(path).map_err(Error::io("read", path))?;
-        Ok(Self { size: stat.len(), mtime: (stat.mtime(), stat.mtime_nsec()), sha256: sha256_of(path)?, marks })
+    pub(super) fn of(temp: &TempFile, marks: Marks) -> Result<Self> {
+        let mut file = temp.written()?;
+        let stat = file.metadata().map_err(Error::io("read", temp.path()))?;
+        let mut hash = Sha256::new();
+        io::copy(&mut file, &mut hash).map_err(Error::io("read", temp.path()))?;
+        let sha256 = hex(&hash.finalize());
+        Ok(Self { size: stat.len(), mtime: (stat.mtime(), stat.mtime_nsec()), sha256, marks })
     }
 
-    /// Whether the file is still the one that was stamped. A copy has another time, and is read then.
-    fn fits(&self, path: &Path, stat: &fs::Metadata) -> Result<bool> {
-        Ok(self.size == stat.len()
-            && (self.mtime == (stat.mtime(), stat.mtime_nsec()) || self.sha256 == sha256_of(path)?))
+    /// Whether the file is still the one that was stamped. A copy has another time, and is read then; so is an object,
+    /// whose time is its store's.
+    fn fits(&self, file: &StoredFile) -> Result<bool> {
+        if self.size != file.size_bytes() {
+            return Ok(false);
+        }
+        let is_of_time = !file.location().is_object() && {
+            let stat = fs::metadata(file.path()).map_err(Error::io("read", file.path()))?;
+            self.mtime == (stat.mtime(), stat.mtime_nsec())
+        };
+        Ok(is_of_time || self.sha256 == file_sha256(file.location())?)
     }
-}
-
-fn sha256_of(path: &Path) -> Result<String> {
-    let mut file = BufReader::new(File::open(path).map_err(Error::io("open", path))?);
-    let mut hash = Sha256::new();
-    io::copy(&mut file, &mut hash).map_err(Error::io("read", path))?;
-    Ok(hex(&hash.finalize()))
 }
 
 /// Whether the stamp's place is free or holds a stamp of ours.
-pub(super) fn stamp_is_ours(path: &Path) -> Result<bool> {
-    Ok(!matches!(read_json::<Stamp>(path)?, JsonFile::Foreign))
+pub(super) fn stamp_is_ours(place: &Location) -> Result<bool> {
+    Ok(!matches!(read_json::<Stamp>(place)?, JsonFile::Foreign))
 }
 
 #[cfg(test)]
@@ -398,6 +409,8 @@ mod tests {
     use arrow::compute::concat_batches;
     use arrow::datatypes::{Float32Type, Int32Type};
     use serde_json::{Value, json};
+    use std::fs::File;
+    use std::path::PathBuf;
     use tempfile::TempDir;
 
     /// Every kind of column that results and inputs have, as two parts with nulls.
@@ -459,19 +472,19 @@ mod tests {
 
     /// The file assembled from one part for each batch.
     fn assembled(dir: &TempDir, batches: &[RecordBatch], schema: &SchemaRef, format: OutputFormat) -> PathBuf {
-        let parts: Vec<PathBuf> = batches
+        let parts: Vec<Location> = batches
             .iter()
             .enumerate()
             .map(|(unit, batch)| {
                 let footer = PartFooter::new("f", "r", unit);
-                let mut writer = PartWriter::create(dir.path(), unit, Arc::clone(schema), &footer).unwrap();
+                let mut writer = PartWriter::create(&dir.path().into(), unit, Arc::clone(schema), &footer).unwrap();
                 writer.write(batch).unwrap();
-                writer.finish().unwrap().path
+                writer.finish().unwrap().path.into()
             })
             .collect();
         let place = dir.path().join("final");
         let temp = TempFile::create(dir.path(), "final").unwrap();
-        assemble(&parts, schema, format, &marks(), temp).unwrap().publish(&place).unwrap();
+        assemble(&parts, schema, format, &marks(), temp).unwrap().publish(&place.clone().into()).unwrap();
         place
     }
 
@@ -490,9 +503,11 @@ mod tests {
         for (field, (got, want)) in schema.fields().iter().zip(all.columns().iter().zip(expected.columns())) {
             assert_eq!(plain(got).as_ref(), plain(want).as_ref(), "{}", field.name());
         }
-        let FinalFile::Ours(found) = read_final_file(&file, OutputFormat::Parquet, None).unwrap() else { panic!() };
+        let FinalFile::Ours(found) = read_final_file(&file.clone().into(), OutputFormat::Parquet, None).unwrap() else {
+            panic!()
+        };
         assert_eq!(*found, marks());
-        let indexed = open_parquet(&file).unwrap().1;
+        let indexed = open_parquet(&Location::from(file).file().unwrap().unwrap()).unwrap().1;
         assert!(indexed.offset_index().is_some(), "the page index is copied too");
     }
 
@@ -513,7 +528,9 @@ mod tests {
         for (got, want) in all.columns().iter().zip(expected.columns()) {
             assert_eq!(got, &plain(want));
         }
-        let FinalFile::Ours(found) = read_final_file(&file, OutputFormat::Arrow, None).unwrap() else { panic!() };
+        let FinalFile::Ours(found) = read_final_file(&file.clone().into(), OutputFormat::Arrow, None).unwrap() else {
+            panic!()
+        };
         assert_eq!(*found, marks());
     }
 
@@ -608,7 +625,7 @@ mod tests {
         for bytes in [&b""[..], b"ARROW1", b"ARROW1\0\0 and more ARROW1", b"PAR1 and more PAR1"] {
             fs::write(&path, bytes).unwrap();
             for format in [OutputFormat::Arrow, OutputFormat::Parquet, OutputFormat::Csv] {
-                assert!(matches!(read_final_file(&path, format, None).unwrap(), FinalFile::Foreign));
+                assert!(matches!(read_final_file(&path.clone().into(), format, None).unwrap(), FinalFile::Foreign));
             }
         }
     }

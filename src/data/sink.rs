@@ -3,6 +3,9 @@
 //! [`Sink::open`] decides by the table of the design document whether to start, to resume, to redo, to do nothing or to
 //! refuse. Only files that carry our plan, footer or mark are ever deleted. Files whose names begin with `.` or `_`,
 //! which readers of a directory of parts pass over, are neither in the way nor touched.
+//!
+//! In an object store there is no lock. Two runs of one job publish the same units there, each of them once; whoever comes
+//! second finds a part of the same unit in its place, and leaves it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,9 +21,10 @@ use super::commit::{
 use super::output::{OutputFormat, OutputTarget};
 use super::part::{KEY_PREFIX, PartFooter, PartWriter, part_name, read_part_footer, unit_of_name};
 use super::plan_file::{
-    Comparison, PLAN_NAME, PlanFile, SUCCESS_NAME, SuccessFile, publish_json, read_json, write_json_beside,
+    Comparison, JsonFile, PLAN_NAME, PlanFile, SUCCESS_NAME, SuccessFile, publish_json, read_json, write_json_in,
 };
 use super::single_file::{FinalFile, Marks, Stamp, assemble, check_format_supports, read_final_file, stamp_is_ours};
+use super::store::{Entry, Location, StoredFile, concurrently};
 use crate::error::{Error, Result};
 
 /// What to do with an output that is there already.
@@ -49,14 +53,15 @@ pub enum Opened {
 #[derive(Debug)]
 pub struct Sink {
     target: OutputTarget,
-    dir: PathBuf,
+    dir: Location,
     plan: PlanFile,
     /// Of the plan; hashed once, since the stamps of many inputs are long.
     rows_digest: String,
     schema: SchemaRef,
     finished: BTreeMap<usize, PartFooter>,
     changed_note: Option<String>,
-    _lock: OutputLock,
+    /// None in an object store.
+    lock: Option<OutputLock>,
 }
 
 impl Sink {
@@ -72,21 +77,21 @@ impl Sink {
         let plan = plan.as_stored()?;
         let dir = target.parts_dir();
         // Before a directory is made: a finished or refused output is left as it is.
-        if !dir.is_dir() {
+        if !dir.is_object() && !dir.path().is_dir() {
             let holding = Holding::of(target)?;
             if let Action::Nothing(success) = holding.decide(target, &plan, on_existing)? {
                 return Ok(Opened::NothingToDo(success));
             }
-            create_dirs_durably(&dir)?;
+            create_dirs_durably(dir.path())?;
         }
-        let lock = OutputLock::acquire(&dir)?;
+        let lock = if dir.is_object() { None } else { Some(OutputLock::acquire(dir.path())?) };
         let holding = Holding::of(target)?;
         let action = holding.decide(target, &plan, on_existing)?;
         let changed_note = match &action {
             Action::Resume(stored) => plan.changed_note(stored),
             _ => None,
         };
-        if lock.is_held() {
+        if lock.as_ref().is_some_and(OutputLock::is_held) {
             remove(&holding.work.temps)?;
         }
         let (plan, finished) = match action {
@@ -108,13 +113,13 @@ impl Sink {
             }
             Action::Resume(stored) => {
                 // A mark of success above missing parts would be a lie.
-                remove(&holding.work.success_path(&dir))?;
+                remove(holding.work.success_place(&dir).as_slice())?;
                 (stored, holding.work.parts)
             }
         };
         let (target, schema) = (target.clone(), without_our_keys(&schema));
         let rows_digest = plan.rows_digest();
-        let sink = Self { target, dir, plan, rows_digest, schema, finished, changed_note, _lock: lock };
+        let sink = Self { target, dir, plan, rows_digest, schema, finished, changed_note, lock };
         Ok(Opened::Work(Box::new(sink)))
     }
 
@@ -178,7 +183,10 @@ impl Sink {
         if self.plan.units == 0 && !self.finished.contains_key(&0) {
             self.part(0)?.finish()?;
         }
-        let rows = self.verified_rows()?;
+        let rows = match self.verified_rows() {
+            Ok(rows) => rows,
+            Err(error) => return if self.was_finished_by_another()? { Ok(()) } else { Err(error) },
+        };
         fault_point("before-success");
         let success = SuccessFile {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -189,33 +197,54 @@ impl Sink {
         };
         match &self.target {
             OutputTarget::Directory(dir) => {
-                let place = dir.join(SUCCESS_NAME);
-                match publish_json(&place, &success)? {
+                match publish_json(dir, SUCCESS_NAME, &success)? {
                     Published::Now => Ok(()),
                     // Without locks, another run of this job over the same parts may have ended first.
-                    Published::AlreadyThere => match read_json::<SuccessFile>(&place)?.ours() {
-                        Some(there) if there.fingerprint == success.fingerprint => Ok(()),
-                        _ => Err(in_the_way(&place)),
-                    },
+                    Published::AlreadyThere => {
+                        let place = dir.join(SUCCESS_NAME);
+                        match read_json::<SuccessFile>(&place)?.ours() {
+                            Some(there) if there.fingerprint == success.fingerprint => Ok(()),
+                            _ => Err(in_the_way(place.path())),
+                        }
+                    }
                 }
             }
-            OutputTarget::File { path, format } => self.publish_file(path, *format, success),
+            OutputTarget::File { place, format } => self.publish_file(place, *format, success),
+        }
+    }
+
+    /// Whether another run of this job, which no lock kept out, has made the single file and removed the parts.
+    fn was_finished_by_another(&self) -> Result<bool> {
+        let OutputTarget::File { place, format } = &self.target else { return Ok(false) };
+        if self.lock.as_ref().is_some_and(OutputLock::is_held) {
+            return Ok(false);
+        }
+        match read_final_file(place, *format, self.target.stamp_place().as_ref())? {
+            FinalFile::Ours(marks) if self.plan.compare(&marks.plan) == Comparison::Same => {
+                // Parts of ours that came after its end.
+                Work::of(&self.dir)?.remove_folder(&self.dir)?;
+                Ok(true)
+            }
+            _ => Ok(false),
         }
     }
 
     fn verified_rows(&self) -> Result<u64> {
-        let mut rows = 0;
-        for unit in 0..parts_of(&self.plan) {
-            let path = self.dir.join(part_name(unit));
-            let footer = if path.exists() { read_part_footer(&path)? } else { None };
-            match footer {
-                Some(footer) if footer.same_unit(&self.footer_of(unit)) => rows += footer.rows,
+        let rows_of = |unit: &usize| {
+            let place = self.dir.join(&part_name(*unit));
+            match place.file()?.map(|part| read_part_footer(&part)).transpose()?.flatten() {
+                Some(footer) if footer.same_unit(&self.footer_of(*unit)) => Ok(footer.rows),
                 _ => {
                     let message =
                         "this part is missing or not of this job; run the same command with --resume".to_owned();
-                    return Err(Error::CannotCreate { path, message });
+                    Err(Error::CannotCreate { path: place.path().to_owned(), message })
                 }
             }
+        };
+        let units: Vec<usize> = (0..parts_of(&self.plan)).collect();
+        let mut rows = 0;
+        for part_rows in for_each(&self.dir, &units, rows_of) {
+            rows += part_rows?;
         }
         if rows > self.plan.rows {
             return Err(Error::Internal(format!("{rows} rows were written, {} were planned", self.plan.rows)));
@@ -224,22 +253,25 @@ impl Sink {
     }
 
     /// Assembles the file in the work folder, which is in the same file system, and publishes it.
-    fn publish_file(&self, path: &Path, format: OutputFormat, success: SuccessFile) -> Result<()> {
-        let parts: Vec<PathBuf> = (0..parts_of(&self.plan)).map(|unit| self.dir.join(part_name(unit))).collect();
+    fn publish_file(&self, place: &Location, format: OutputFormat, success: SuccessFile) -> Result<()> {
+        let parts: Vec<Location> = (0..parts_of(&self.plan)).map(|unit| self.dir.join(&part_name(unit))).collect();
         // The plan's notes and the summary tell of one run; the same job should give the same file.
         let plan = PlanFile { notes: Value::Null, ..self.plan.clone() };
         let marks = Marks { plan, success: SuccessFile { summary: Value::Null, ..success } };
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let temp = assemble(&parts, &self.schema, format, &marks, TempFile::create(&self.dir, &name)?)?;
-        let stamp_path = self.target.stamp_path();
-        if let Some(stamp_path) = &stamp_path {
-            let stamp = Stamp::of(temp.path(), marks.clone())?;
-            write_json_beside(&self.dir, "stamp.json", &stamp)?.replace(stamp_path)?;
+        let temp = TempFile::create_in(&self.dir, &place.name())?;
+        let temp = match assemble(&parts, &self.schema, format, &marks, temp) {
+            Ok(temp) => temp,
+            Err(error) => return if self.was_finished_by_another()? { Ok(()) } else { Err(error) },
+        };
+        let stamp_place = self.target.stamp_place();
+        if let Some(stamp_place) = &stamp_place {
+            let stamp = Stamp::of(&temp, marks.clone())?;
+            write_json_in(&self.dir, "stamp.json", &stamp)?.replace_at(stamp_place)?;
         }
-        if temp.publish(path)? == Published::AlreadyThere {
-            match read_final_file(path, format, stamp_path.as_deref())? {
+        if temp.publish(place)? == Published::AlreadyThere {
+            match read_final_file(place, format, stamp_place.as_ref())? {
                 FinalFile::Ours(there) if *there == marks => {}
-                _ => return Err(in_the_way(path)),
+                _ => return Err(in_the_way(place.path())),
             }
         }
         Work::of(&self.dir)?.remove_folder(&self.dir)
@@ -264,22 +296,29 @@ fn without_our_keys(schema: &SchemaRef) -> SchemaRef {
     SchemaRef::new(Schema::new_with_metadata(schema.fields().clone(), metadata))
 }
 
-fn publish_plan(dir: &Path, plan: &PlanFile) -> Result<()> {
-    match publish_json(&dir.join(PLAN_NAME), plan)? {
+fn publish_plan(dir: &Location, plan: &PlanFile) -> Result<()> {
+    match publish_json(dir, PLAN_NAME, plan)? {
         Published::Now => Ok(()),
-        // Only where locks do not work: another run was quicker.
-        Published::AlreadyThere => Err(Error::OutputLocked { path: dir.to_owned() }),
+        // Only where there are no locks, or they do not work: another run was quicker.
+        Published::AlreadyThere => Err(Error::OutputLocked { path: dir.path().to_owned() }),
     }
 }
 
-fn remove<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> Result<()> {
-    for path in paths {
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io("remove", path)(error)),
-            _ => {}
-        }
+/// Does `work` on each item: one after the other on a disk, many at once where each waits for an object store.
+fn for_each<T: Sync, R: Send>(dir: &Location, items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    if dir.is_object() { concurrently(items, work) } else { items.iter().map(work).collect() }
+}
+
+fn remove(places: &[Location]) -> Result<()> {
+    match places.first() {
+        Some(first) => for_each(first, places, Location::remove).into_iter().collect(),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// An object store has no directories whose entries could be lost.
+fn sync_folder(dir: &Location) -> Result<()> {
+    if dir.is_object() { Ok(()) } else { sync_dir(dir.path()) }
 }
 
 /// What the directory of parts holds, told by names and footers.
@@ -288,7 +327,7 @@ struct Work {
     plan: Option<PlanFile>,
     success: Option<SuccessFile>,
     parts: BTreeMap<usize, PartFooter>,
-    temps: Vec<PathBuf>,
+    temps: Vec<Location>,
     /// The first file that is not ours and that a reader would see, or that has a name of ours.
     foreign: Option<PathBuf>,
     /// The first part of ours that is not of the plan.
@@ -296,85 +335,75 @@ struct Work {
 }
 
 impl Work {
-    fn of(dir: &Path) -> Result<Self> {
+    fn of(dir: &Location) -> Result<Self> {
         let mut work = Work::default();
-        let entries = match fs::read_dir(dir) {
+        let mut entries = match dir.entries() {
             Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(work),
-            Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
-                work.foreign = Some(dir.to_owned());
+            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotADirectory => {
+                work.foreign = Some(dir.path().to_owned());
                 return Ok(work);
             }
-            Err(error) => return Err(Error::io("read", dir)(error)),
+            Err(error) => return Err(error),
         };
-        let paths = entries.map(|entry| entry.map(|entry| entry.path()));
-        let mut paths = paths.collect::<io::Result<Vec<_>>>().map_err(Error::io("read", dir))?;
-        paths.sort();
-        for path in paths {
-            work.add(path)?;
+        if dir.is_object() {
+            // A listing may be behind, and a plan must not be overlooked.
+            for name in [PLAN_NAME, SUCCESS_NAME] {
+                if !entries.iter().any(|entry| entry.name == name) {
+                    entries.push(Entry { location: dir.join(name), name: name.to_owned(), identity: None });
+                }
+            }
+            entries.sort_by(|a, b| a.name.cmp(&b.name));
+        }
+        for (entry, held) in entries.iter().zip(for_each(dir, &entries, Held::of)) {
+            match held? {
+                Held::Nothing => {}
+                Held::Plan(plan) => work.plan = Some(*plan),
+                Held::Success(success) => work.success = Some(success),
+                Held::Part(unit, footer) => drop(work.parts.insert(unit, footer)),
+                Held::Temp => work.temps.push(entry.location.clone()),
+                Held::Foreign => drop(work.foreign.get_or_insert_with(|| entry.location.path().to_owned())),
+            }
         }
         work.stray = work.find_stray(dir);
         Ok(work)
     }
 
-    fn add(&mut self, path: PathBuf) -> Result<()> {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let ours = if name == PLAN_NAME {
-            self.plan = read_json(&path)?.ours();
-            self.plan.is_some()
-        } else if name == SUCCESS_NAME {
-            self.success = read_json(&path)?.ours();
-            self.success.is_some()
-        } else if let Some(unit) = unit_of_name(&name) {
-            // Published parts are whole: what cannot be read was never one.
-            match if path.is_file() { read_part_footer(&path) } else { Ok(None) } {
-                Ok(Some(footer)) => self.parts.insert(unit, footer).is_none(),
-                Ok(None) | Err(Error::InputCorrupt { .. }) => false,
-                Err(error) => return Err(error),
-            }
-        } else if is_temp_name(&name) {
-            self.temps.push(path.clone());
-            true
-        } else {
-            name.starts_with(['.', '_'])
-        };
-        if !ours {
-            self.foreign.get_or_insert(path);
-        }
-        Ok(())
-    }
-
-    fn find_stray(&self, dir: &Path) -> Option<PathBuf> {
+    fn find_stray(&self, dir: &Location) -> Option<PathBuf> {
+        let part = |unit: usize| dir.join(&part_name(unit)).path().to_owned();
         let Some(plan) = &self.plan else {
-            let success = self.success.as_ref().map(|_| dir.join(SUCCESS_NAME));
-            return self.parts.keys().next().map(|unit| dir.join(part_name(*unit))).or(success);
+            let success = self.success_place(dir).map(|place| place.path().to_owned());
+            return self.parts.keys().next().map(|unit| part(*unit)).or(success);
         };
         let digest = plan.rows_digest();
         let belongs = |unit: usize, footer: &PartFooter| {
             unit < parts_of(plan) && footer.same_unit(&PartFooter::new(&plan.fingerprint, &digest, unit))
         };
         let stray = self.parts.iter().find(|(unit, footer)| !belongs(**unit, footer));
-        stray.map(|(unit, _)| dir.join(part_name(*unit)))
+        stray.map(|(unit, _)| part(*unit))
     }
 
-    fn success_path(&self, dir: &Path) -> Option<PathBuf> {
+    fn success_place(&self, dir: &Location) -> Option<Location> {
         self.success.as_ref().map(|_| dir.join(SUCCESS_NAME))
     }
 
     /// Removes what is ours. The plan goes last: what a kill leaves behind is an unfinished run, not files of nobody.
-    fn remove_ours(&self, dir: &Path) -> Result<()> {
-        remove(&self.success_path(dir))?;
-        sync_dir(dir)?;
-        remove(&self.parts.keys().map(|unit| dir.join(part_name(*unit))).collect::<Vec<_>>())?;
-        sync_dir(dir)?;
-        remove(&self.plan.as_ref().map(|_| dir.join(PLAN_NAME)))?;
-        sync_dir(dir)
+    fn remove_ours(&self, dir: &Location) -> Result<()> {
+        remove(self.success_place(dir).as_slice())?;
+        sync_folder(dir)?;
+        remove(&self.parts.keys().map(|unit| dir.join(&part_name(*unit))).collect::<Vec<_>>())?;
+        sync_folder(dir)?;
+        remove(self.plan.as_ref().map(|_| dir.join(PLAN_NAME)).as_slice())?;
+        sync_folder(dir)
     }
 
     /// Removes the work folder of a single file that is finished.
-    fn remove_folder(&self, dir: &Path) -> Result<()> {
+    fn remove_folder(&self, dir: &Location) -> Result<()> {
         remove(&self.temps)?;
         self.remove_ours(dir)?;
+        if dir.is_object() {
+            return Ok(());
+        }
+        let dir = dir.path();
         match fs::remove_dir(dir) {
             // Something that is not ours stays, and the folder with it.
             Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
@@ -382,6 +411,57 @@ impl Work {
             Err(error) => Err(Error::io("remove", dir)(error)),
             Ok(()) => sync_dir(parent_of(dir)),
         }
+    }
+}
+
+/// What one entry of the directory of parts is.
+#[derive(Debug)]
+enum Held {
+    /// It is gone, or passed over by readers and by us.
+    Nothing,
+    Plan(Box<PlanFile>),
+    Success(SuccessFile),
+    Part(usize, PartFooter),
+    Temp,
+    Foreign,
+}
+
+impl Held {
+    fn of(entry: &Entry) -> Result<Self> {
+        let (place, name) = (&entry.location, entry.name.as_str());
+        Ok(if name == PLAN_NAME {
+            match read_json(place)? {
+                JsonFile::Ours(plan) => Held::Plan(Box::new(plan)),
+                JsonFile::Missing => Held::Nothing,
+                JsonFile::Foreign => Held::Foreign,
+            }
+        } else if name == SUCCESS_NAME {
+            match read_json(place)? {
+                JsonFile::Ours(success) => Held::Success(success),
+                JsonFile::Missing => Held::Nothing,
+                JsonFile::Foreign => Held::Foreign,
+            }
+        } else if let Some(unit) = unit_of_name(name) {
+            let part = match &entry.identity {
+                Some(identity) => Some(StoredFile::new(place.clone(), identity.clone())),
+                None if place.is_object() || !place.path().is_file() => None,
+                None => place.file()?,
+            };
+            // Published parts are whole: what cannot be read was never one.
+            match part.map(|part| read_part_footer(&part)).transpose() {
+                Ok(Some(Some(footer))) => Held::Part(unit, footer),
+                Ok(_) | Err(Error::InputCorrupt { .. }) => Held::Foreign,
+                // Removed, or replaced, since it was listed: another run is at work.
+                Err(Error::InputChanged { .. }) if place.is_object() => Held::Nothing,
+                Err(error) => return Err(error),
+            }
+        } else if is_temp_name(name) {
+            Held::Temp
+        } else if name.starts_with(['.', '_']) {
+            Held::Nothing
+        } else {
+            Held::Foreign
+        })
     }
 }
 
@@ -408,16 +488,16 @@ impl Holding {
         let work = Work::of(&target.parts_dir())?;
         let mut foreign = work.foreign.clone();
         let mut file = FinalFile::Missing;
-        if let OutputTarget::File { path, format } = target {
-            let stamp = target.stamp_path();
-            file = read_final_file(path, *format, stamp.as_deref())?;
+        if let OutputTarget::File { place, format } = target {
+            let stamp = target.stamp_place();
+            file = read_final_file(place, *format, stamp.as_ref())?;
             if let Some(stamp) = stamp
                 && !stamp_is_ours(&stamp)?
             {
-                foreign = Some(stamp);
+                foreign = Some(stamp.path().to_owned());
             }
             if let FinalFile::Foreign = file {
-                foreign = Some(path.clone());
+                foreign = Some(place.path().to_owned());
             }
         }
         Ok(Self { work, file, foreign })
@@ -478,14 +558,19 @@ impl Holding {
 
     /// Removes what is ours of the output; only called when nothing foreign is there.
     fn remove_ours(&self, target: &OutputTarget) -> Result<()> {
-        if let (FinalFile::Ours(_), OutputTarget::File { path, .. }) = (&self.file, target) {
-            remove([path])?;
-            remove(&target.stamp_path())?;
-            sync_dir(parent_of(path))?;
+        if let (FinalFile::Ours(_), OutputTarget::File { place, .. }) = (&self.file, target) {
+            remove(std::slice::from_ref(place))?;
+            remove(target.stamp_place().as_slice())?;
+            if !place.is_object() {
+                sync_dir(parent_of(place.path()))?;
+            }
         }
         self.work.remove_ours(&target.parts_dir())
     }
 }
+
+#[cfg(test)]
+mod store_tests;
 
 #[cfg(test)]
 mod tests {
@@ -500,49 +585,49 @@ mod tests {
     use std::sync::Arc;
     use tempfile::TempDir;
 
-    const ENDINGS: [&str; 5] = ["dir", "out.parquet", "out.arrow", "out.jsonl", "out.csv"];
+    pub(super) const ENDINGS: [&str; 5] = ["dir", "out.parquet", "out.arrow", "out.jsonl", "out.csv"];
 
-    fn batch(values: &[i32]) -> RecordBatch {
+    pub(super) fn batch(values: &[i32]) -> RecordBatch {
         RecordBatch::try_from_iter([("x", Arc::new(Int32Array::from(values.to_vec())) as ArrayRef)]).unwrap()
     }
 
-    fn schema() -> SchemaRef {
+    pub(super) fn schema() -> SchemaRef {
         batch(&[]).schema()
     }
 
     /// Two units of two rows.
-    fn plan() -> PlanFile {
+    pub(super) fn plan() -> PlanFile {
         let inputs = json!([{"path": "in.parquet", "size": 10}]);
         PlanFile::new(json!({"settings": {"max_length": 128}}), json!({"threads": 1}), inputs, 2, 2, 4)
     }
 
-    fn other_job() -> PlanFile {
+    pub(super) fn other_job() -> PlanFile {
         let plan = plan();
         PlanFile::new(json!({"settings": {"max_length": 256}}), plan.notes, plan.inputs, 2, 2, 4)
     }
 
-    fn other_inputs() -> PlanFile {
+    pub(super) fn other_inputs() -> PlanFile {
         PlanFile { inputs: json!([{"path": "in.parquet", "size": 11}]), ..plan() }
     }
 
-    fn open(target: &OutputTarget, plan: PlanFile, on_existing: OnExisting) -> Result<Opened> {
+    pub(super) fn open(target: &OutputTarget, plan: PlanFile, on_existing: OnExisting) -> Result<Opened> {
         Sink::open(target, schema(), plan, on_existing)
     }
 
-    fn work(target: &OutputTarget, plan: PlanFile, on_existing: OnExisting) -> Box<Sink> {
+    pub(super) fn work(target: &OutputTarget, plan: PlanFile, on_existing: OnExisting) -> Box<Sink> {
         match open(target, plan, on_existing).unwrap() {
             Opened::Work(sink) => sink,
             Opened::NothingToDo(_) => panic!("there is work to do"),
         }
     }
 
-    fn write_unit(sink: &Sink, unit: usize) {
+    pub(super) fn write_unit(sink: &Sink, unit: usize) {
         let mut part = sink.part(unit).unwrap();
         part.write(&batch(&[unit as i32 * 2, unit as i32 * 2 + 1])).unwrap();
         assert_eq!(part.finish().unwrap().rows, 2);
     }
 
-    fn run_to_end(target: &OutputTarget, plan: PlanFile, on_existing: OnExisting) {
+    pub(super) fn run_to_end(target: &OutputTarget, plan: PlanFile, on_existing: OnExisting) {
         let sink = work(target, plan, on_existing);
         for unit in 0..2 {
             if !sink.finished_units().contains_key(&unit) {
@@ -552,17 +637,17 @@ mod tests {
         sink.complete(json!({"seconds": 1.5})).unwrap();
     }
 
-    fn run_half(target: &OutputTarget, plan: PlanFile) {
+    pub(super) fn run_half(target: &OutputTarget, plan: PlanFile) {
         write_unit(&work(target, plan, Refuse), 1);
     }
 
-    fn refused(result: Result<Opened>, code: ExitCode, says: &str) {
+    pub(super) fn refused(result: Result<Opened>, code: ExitCode, says: &str) {
         let error = result.unwrap_err();
         assert_eq!(error.exit_code(), code, "{error}");
         assert!(error.to_string().contains(says), "{error}");
     }
 
-    fn nothing_to_do(result: Result<Opened>) -> SuccessFile {
+    pub(super) fn nothing_to_do(result: Result<Opened>) -> SuccessFile {
         match result.unwrap() {
             Opened::NothingToDo(success) => success,
             Opened::Work(_) => panic!("there is nothing to do"),
@@ -574,6 +659,10 @@ mod tests {
             let dir = TempDir::new().unwrap();
             test(&OutputTarget::new(dir.path().join(ending)), dir.path());
         }
+    }
+
+    fn parts_dir(target: &OutputTarget) -> PathBuf {
+        target.parts_dir().path().to_owned()
     }
 
     fn names(dir: &Path) -> Vec<String> {
@@ -590,12 +679,15 @@ mod tests {
                 run_to_end(target, plan(), on_existing);
                 match target {
                     OutputTarget::Directory(path) => {
-                        assert_eq!(names(path), [SUCCESS_NAME, PLAN_NAME, "part-000000.parquet", "part-000001.parquet"])
+                        assert_eq!(
+                            names(path.path()),
+                            [SUCCESS_NAME, PLAN_NAME, "part-000000.parquet", "part-000001.parquet"]
+                        )
                     }
-                    OutputTarget::File { path, .. } => {
-                        let stamps = usize::from(target.stamp_path().is_some());
+                    OutputTarget::File { place, .. } => {
+                        let stamps = usize::from(target.stamp_place().is_some());
                         assert_eq!(names(dir).len(), 1 + stamps, "{:?}", names(dir));
-                        assert!(path.is_file());
+                        assert!(place.path().is_file());
                     }
                 }
             });
@@ -623,7 +715,7 @@ mod tests {
             }
             let sink = work(target, plan(), Overwrite);
             assert!(sink.finished_units().is_empty());
-            assert_eq!(names(&target.parts_dir()), [PLAN_NAME]);
+            assert_eq!(names(&parts_dir(target)), [PLAN_NAME]);
             drop(sink);
             run_to_end(target, plan(), Resume);
             nothing_to_do(open(target, plan(), Refuse));
@@ -685,18 +777,18 @@ mod tests {
     fn row_files_that_are_not_ours() {
         each_target(|target, _| {
             let place = match target {
-                OutputTarget::Directory(path) => {
-                    fs::create_dir(path).unwrap();
-                    path.join("notes.txt")
+                OutputTarget::Directory(place) => {
+                    fs::create_dir(place.path()).unwrap();
+                    place.path().join("notes.txt")
                 }
-                OutputTarget::File { path, .. } => path.clone(),
+                OutputTarget::File { place, .. } => place.path().to_owned(),
             };
             fs::write(&place, "mine").unwrap();
             for on_existing in [Refuse, Resume, Overwrite, ResumeIfOurs] {
                 refused(open(target, plan(), on_existing), ExitCode::CannotCreate, &place.display().to_string());
             }
             assert_eq!(fs::read(&place).unwrap(), b"mine");
-            assert!(matches!(target, OutputTarget::Directory(_)) || !target.parts_dir().exists());
+            assert!(matches!(target, OutputTarget::Directory(_)) || !parts_dir(target).exists());
         });
     }
 
@@ -741,7 +833,7 @@ mod tests {
         File::options().write(true).open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
         refused(open(&target, plan(), Overwrite), ExitCode::CannotCreate, "out.csv");
         fs::remove_file(&path).unwrap();
-        fs::write(target.stamp_path().unwrap(), "{}").unwrap();
+        fs::write(target.stamp_place().unwrap().path(), "{}").unwrap();
         refused(open(&target, plan(), Overwrite), ExitCode::CannotCreate, ".json");
     }
 
@@ -752,7 +844,7 @@ mod tests {
             let target = OutputTarget::new(dir.path());
             run_half(&target, plan());
             let footer = PartFooter::new(&theirs.fingerprint, &theirs.rows_digest(), 0);
-            PartWriter::create(dir.path(), 0, schema(), &footer).unwrap().finish().unwrap();
+            PartWriter::create(&dir.path().into(), 0, schema(), &footer).unwrap().finish().unwrap();
             for on_existing in [Refuse, Resume, ResumeIfOurs] {
                 refused(open(&target, plan(), on_existing), ExitCode::CannotCreate, "part-000000.parquet");
             }
@@ -788,8 +880,8 @@ mod tests {
     fn stale_temporary_files_of_ours_go() {
         each_target(|target, _| {
             run_half(target, plan());
-            let stale = target.parts_dir().join(".part-000000.parquet.tmp-123-0123456789abcdef");
-            let not_ours = target.parts_dir().join(".part-000000.parquet.tmp");
+            let stale = parts_dir(target).join(".part-000000.parquet.tmp-123-0123456789abcdef");
+            let not_ours = parts_dir(target).join(".part-000000.parquet.tmp");
             fs::write(&stale, "half a part").unwrap();
             fs::write(&not_ours, "").unwrap();
             work(target, plan(), Resume);
@@ -829,13 +921,13 @@ mod tests {
         let target = OutputTarget::new(dir.path().join("out.parquet"));
         run_half(&target, plan());
         let aside = TempDir::new().unwrap();
-        for name in names(&target.parts_dir()) {
-            fs::copy(target.parts_dir().join(&name), aside.path().join(&name)).unwrap();
+        for name in names(&parts_dir(&target)) {
+            fs::copy(parts_dir(&target).join(&name), aside.path().join(&name)).unwrap();
         }
         run_to_end(&target, plan(), Resume);
-        fs::create_dir(target.parts_dir()).unwrap();
+        fs::create_dir(parts_dir(&target)).unwrap();
         for name in names(aside.path()) {
-            fs::copy(aside.path().join(&name), target.parts_dir().join(&name)).unwrap();
+            fs::copy(aside.path().join(&name), parts_dir(&target).join(&name)).unwrap();
         }
         nothing_to_do(open(&target, plan(), Refuse));
         assert_eq!(names(dir.path()), ["out.parquet"]);
@@ -872,8 +964,8 @@ mod tests {
             work(target, empty.clone(), Refuse).complete(Value::Null).unwrap();
             assert_eq!(nothing_to_do(open(target, empty, Refuse)).rows, 0);
             let parquet = match target {
-                OutputTarget::Directory(path) => path.join(part_name(0)),
-                OutputTarget::File { path, format: OutputFormat::Parquet } => path.clone(),
+                OutputTarget::Directory(place) => place.path().join(part_name(0)),
+                OutputTarget::File { place, format: OutputFormat::Parquet } => place.path().to_owned(),
                 OutputTarget::File { .. } => return,
             };
             let reader = ParquetRecordBatchReaderBuilder::try_new(File::open(parquet).unwrap()).unwrap();

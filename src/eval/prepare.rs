@@ -129,7 +129,7 @@ pub fn choices(source: &ChoiceSource) -> Result<RecordBatch> {
 }
 
 fn open(inputs: Vec<String>, format: Option<InputFormat>, text_columns: Vec<String>) -> Result<Dataset> {
-    Dataset::open(&DatasetOptions { inputs, format, text_columns })
+    Dataset::open(&DatasetOptions { inputs, format, text_columns, ..DatasetOptions::default() })
 }
 
 /// All rows of some columns, in memory: datasets of evaluations are small.

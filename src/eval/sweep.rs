@@ -112,6 +112,10 @@ impl SweepPlan {
         let sweep = SweepFile::new(path, settings)?;
         let dir = fs::canonicalize(path).map_err(|error| Error::config(path, error))?;
         let dir = dir.parent().unwrap_or(Path::new("/")).to_owned();
+        if sweep.output.to_string_lossy().contains("://") {
+            let message = "output: a sweep writes to a folder of this machine, not to an object store";
+            return Err(Error::config(path, message));
+        }
         let output = joined(&dir, &sweep.output);
         let mut plan =
             Self { path: path.to_owned(), output, cells: Vec::new(), devices: Vec::new(), threads: None, sweep };
@@ -371,7 +375,10 @@ fn plan_cell(file: &JobFile, dir: &Path, output: &Path, task: &TaskFile, cell: C
         let job = derive(file, &table)?;
         let count = cell.metrics.few_shot_count.unwrap_or(few_shot.count);
         let seed = cell.metrics.few_shot_seed.unwrap_or(few_shot.seed);
-        let source = joined(dir, Path::new(&few_shot.source)).to_string_lossy().into_owned();
+        let source = match few_shot.source.contains("://") {
+            true => few_shot.source.clone(),
+            false => joined(dir, Path::new(&few_shot.source)).to_string_lossy().into_owned(),
+        };
         let shots = examples(few_shot, source, count, seed, &job.spec.inputs)?;
         let template = format!("{}{}", as_template(&shots), template_of(&job.spec.prompt));
         table.remove("text_column");

@@ -35,3 +35,6 @@ pub use runner::{JobIdentity, identify, run, run_sharing};
 pub use settings::{Job, JobSettings, LogFormat, MessageSettings, ProgressMode, count};
 pub use spec::{JobSpec, PromptSpec};
 pub use variables::Variables;
+
+#[cfg(test)]
+mod store_tests;

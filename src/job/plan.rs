@@ -64,6 +64,7 @@ impl JobPlan {
             inputs: spec.inputs.clone(),
             format: spec.input_format,
             text_columns: spec.text_columns().into_iter().map(str::to_owned).collect(),
+            stores: spec.stores.clone(),
         })?);
         let first_path = dataset.files.first().map(|file| file.path.clone()).unwrap_or_default();
         let prompts = PromptSource::new(spec, &dataset, tokenizer)?;

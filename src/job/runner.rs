@@ -184,7 +184,8 @@ impl PlannedJob {
         let max_length = max_length(spec, &checkpoint, &tokenizer)?;
         let tokenizer = spec.command.tokenizer(spec, &checkpoint, tokenizer, max_length)?;
         let plan = Arc::new(JobPlan::new(spec, &checkpoint, &tokenizer, max_length, &devices)?);
-        Ok(Self { checkpoint, tokenizer, plan, target: OutputTarget::new(&spec.output), max_length, devices })
+        let target = OutputTarget::locate(&spec.output, &spec.stores)?;
+        Ok(Self { checkpoint, tokenizer, plan, target, max_length, devices })
     }
 }
 

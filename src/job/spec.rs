@@ -6,6 +6,7 @@ use super::command::{CommandSpec, DEFAULT_STRIDE};
 use super::devices::{DeviceChoice, Devices};
 use crate::data::InputFormat;
 use crate::data::sink::OnExisting;
+use crate::data::store::Stores;
 use crate::model::ComputeDtype;
 use crate::text::Overflow;
 
@@ -15,11 +16,14 @@ pub struct JobSpec {
     pub command: CommandSpec,
     /// A checkpoint folder, or a hub id in the local cache.
     pub model: String,
-    /// Files, globs and folders, in order.
+    /// Files, globs, folders, and URLs of object stores, in order.
     pub inputs: Vec<String>,
     /// Instead of what the files' names say.
     pub input_format: Option<InputFormat>,
+    /// A folder, a file, or the same as a URL of an object store.
     pub output: PathBuf,
+    /// Where URLs lead to.
+    pub stores: Stores,
     pub on_existing: OnExisting,
     /// Where each row's prompt comes from.
     pub prompt: PromptSpec,

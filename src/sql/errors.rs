@@ -3,6 +3,7 @@
 use datafusion::error::DataFusionError;
 use datafusion::object_store;
 
+use crate::data::store::failure;
 use crate::error::{Error, ExitCode, one_line};
 
 /// What a failed statement says in one line, and with which code it ends.
@@ -38,6 +39,8 @@ fn exit_code(error: &DataFusionError) -> ExitCode {
         }
         DataFusionError::ObjectStore(error) => match **error {
             object_store::Error::NotFound { .. } => ExitCode::NoInput,
+            object_store::Error::Generic { store: "LocalFileSystem", .. } => ExitCode::Io,
+            ref error @ object_store::Error::Generic { .. } => failure(error).kind.exit_code(),
             _ => ExitCode::Io,
         },
         DataFusionError::IoError(_) => ExitCode::Io,

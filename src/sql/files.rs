@@ -1,4 +1,4 @@
-//! `FROM 'data.parquet'`: files, globs and folders as tables.
+//! `FROM 'data.parquet'`: files, globs and folders as tables, in object stores too.
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
@@ -15,7 +15,9 @@ use datafusion::error::{DataFusionError, Result};
 use datafusion::execution::session_state::SessionState;
 use datafusion::prelude::SessionContext;
 use futures::TryStreamExt;
+use object_store::ObjectStore;
 
+use crate::data::store::Stores;
 use crate::error::Error;
 
 /// The extensions that are read, with what they mean.
@@ -65,7 +67,17 @@ impl UrlTableFactory for FileTables {
         }
         let Some(state) = self.session.get().and_then(|session| session()) else { return Ok(None) };
         let Ok(url) = ListingTableUrl::parse(path) else { return Ok(None) };
-        let store = state.runtime_env().object_store(&url)?;
+        let store = match state.runtime_env().object_store(&url) {
+            Ok(store) => store,
+            // The session's own stores go first; ours are those that a job reads.
+            Err(_) => {
+                let Some(store) = store_of(path).map_err(|error| DataFusionError::External(Box::new(error)))? else {
+                    return Ok(None);
+                };
+                state.runtime_env().register_object_store(url.object_store().as_ref(), store.clone());
+                store
+            }
+        };
         let mut files = url.list_all_files(&state, store.as_ref(), "").await?;
         let mut extension = None;
         loop {
@@ -105,6 +117,17 @@ impl UrlTableFactory for FileTables {
         let config = ListingTableConfig::new(url).with_listing_options(options).with_schema(schema);
         Ok(Some(Arc::new(ListingTable::try_new(config)?)))
     }
+}
+
+/// The object store that a URL leads to.
+fn store_of(path: &str) -> crate::Result<Option<Arc<dyn ObjectStore>>> {
+    let location = Stores::default().locate(path)?;
+    let Some(object) = location.object() else { return Ok(None) };
+    // A session knows stores by their host alone.
+    if object.base().starts_with("https://") || object.base().contains('@') {
+        return Err(Error::Usage(format!("{path}: SQL knows s3://BUCKET, gs://BUCKET and az://CONTAINER only")));
+    }
+    Ok(Some(object.store().clone()))
 }
 
 /// The error of a path that is not there; a name that may be a table's is none.

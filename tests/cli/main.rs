@@ -12,6 +12,8 @@ mod job_files;
 mod jobs;
 mod kills;
 mod messages;
+#[cfg(feature = "cloud")]
+mod object_stores;
 mod outlets;
 mod prompts;
 mod row_params;

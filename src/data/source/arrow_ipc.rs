@@ -3,10 +3,8 @@
 //! A survey reads message headers only. It checks every length that a header claims against the size
 //! of the file, since the decoder allocates what it is told to.
 
-use std::fs::File;
 use std::io::{BufReader, Cursor, Read, Seek, SeekFrom};
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 
 use arrow::datatypes::Schema;
@@ -16,7 +14,8 @@ use arrow::ipc::reader::{FileReader, StreamReader, read_footer_length};
 use arrow::ipc::{MessageHeader, root_as_footer, root_as_message};
 
 use super::decode::{Batches, Columns, Layout, Survey, guarded};
-use crate::error::{Error, Result};
+use crate::data::store::{Reader, StoredFile};
+use crate::error::Result;
 
 /// The first bytes of the file format; a stream has none.
 const FILE_MAGIC: &[u8; 6] = b"ARROW1";
@@ -28,11 +27,12 @@ const CONTINUATION: [u8; 4] = [0xff; 4];
 ///
 /// # Errors
 ///
-/// [`Error::InputCorrupt`] for damaged files, [`Error::Io`] where the file cannot be read.
-pub(crate) fn survey(path: &Path) -> Result<Survey> {
-    let mut file = File::open(path).map_err(Error::io("open", path))?;
-    guarded(path, String::new, || {
-        let size = file.metadata()?.len();
+/// [`Error::InputCorrupt`](crate::Error::InputCorrupt) for damaged files, [`Error::Io`](crate::Error::Io) where the file cannot be read.
+pub(crate) fn survey(stored: &StoredFile) -> Result<Survey> {
+    let mut file = stored.open()?;
+    guarded(stored.path(), String::new, || {
+        let size = file.seek(SeekFrom::End(0))?;
+        file.rewind()?;
         let mut magic = Vec::new();
         Read::by_ref(&mut file).take(FILE_MAGIC.len() as u64).read_to_end(&mut magic)?;
         let (schema, rows, layout) = match magic == FILE_MAGIC {
@@ -49,9 +49,9 @@ pub(crate) fn survey(path: &Path) -> Result<Survey> {
 /// # Errors
 ///
 /// As [`survey`].
-pub(crate) fn open(path: &Path, layout: &Layout, columns: &[&str], first_row: u64) -> Result<(Batches, u64)> {
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    guarded(path, String::new, || match layout {
+pub(crate) fn open(stored: &StoredFile, layout: &Layout, columns: &[&str], first_row: u64) -> Result<(Batches, u64)> {
+    let mut file = stored.open()?;
+    guarded(stored.path(), String::new, || match layout {
         Layout::ArrowStream { batches, preamble } => {
             let batch = batches.partition_point(|&(start, _)| start <= first_row).saturating_sub(1);
             let (start, offset) = batches.get(batch).copied().unwrap_or((0, 0));
@@ -68,7 +68,7 @@ pub(crate) fn open(path: &Path, layout: &Layout, columns: &[&str], first_row: u6
         }
         Layout::ArrowFile { batch_starts } => {
             let batch = batch_starts.partition_point(|&start| start <= first_row).saturating_sub(1);
-            let schema = FileReader::try_new_buffered(&file, None)?.schema();
+            let schema = FileReader::try_new_buffered(&mut file, None)?.schema();
             let mut reader = FileReader::try_new_buffered(file, Some(projection(&schema, columns)))?;
             if reader.num_batches() != batch_starts.len() {
                 return Err(broken("it has other record batches than before"));
@@ -89,7 +89,7 @@ fn broken(message: &str) -> ArrowError {
     ArrowError::IpcError(message.to_owned())
 }
 
-fn survey_file(file: &mut File, size: u64) -> Result<(Schema, u64, Layout), ArrowError> {
+fn survey_file(file: &mut Reader, size: u64) -> Result<(Schema, u64, Layout), ArrowError> {
     if size < TRAILER_BYTES {
         return Err(broken("it ends before its footer"));
     }
@@ -140,7 +140,7 @@ fn batch_rows(metadata: &[u8], rows: u64) -> Result<u64, ArrowError> {
     rows.checked_add(length).ok_or_else(|| broken("more rows than can be counted"))
 }
 
-fn survey_stream(file: File, size: u64) -> Result<(Schema, u64, Layout), ArrowError> {
+fn survey_stream(file: Reader, size: u64) -> Result<(Schema, u64, Layout), ArrowError> {
     let mut file = BufReader::new(file);
     let mut rows = 0u64;
     let mut batches = Vec::new();
@@ -179,7 +179,7 @@ struct Metadata {
 }
 
 /// The metadata of the message at `start`, or `None` at the end of the stream.
-fn next_metadata(file: &mut BufReader<File>, start: u64, size: u64) -> Result<Option<Metadata>, ArrowError> {
+fn next_metadata(file: &mut BufReader<Reader>, start: u64, size: u64) -> Result<Option<Metadata>, ArrowError> {
     if start >= size {
         return Ok(None);
     }

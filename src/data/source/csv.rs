@@ -7,7 +7,6 @@
 //! Types are inferred as arrow infers them, over all rows of all files, but a type is chosen only
 //! where every cell can be decoded as it, and `007` is text: read as a number it would come out as `7`.
 
-use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
@@ -18,6 +17,7 @@ use arrow::error::ArrowError;
 use csv::{ByteRecord, ErrorKind};
 
 use super::decode::{Batches, Columns, Layout, OFFSET_ROWS, Survey, corrupt_at, guarded};
+use crate::data::store::StoredFile;
 use crate::error::{Error, Result};
 
 const BUFFER_BYTES: usize = 1 << 20;
@@ -139,9 +139,9 @@ fn delimiter(path: &Path) -> u8 {
 ///
 /// [`Error::InputCorrupt`] with the line for rows of another length than the header and for bytes that
 /// are not UTF-8, [`Error::Io`] where the file cannot be read.
-pub(crate) fn survey(path: &Path) -> Result<Survey> {
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    let size = file.metadata().map_err(Error::io("read", path))?.len();
+pub(crate) fn survey(stored: &StoredFile) -> Result<Survey> {
+    let path = stored.path();
+    let file = stored.open()?;
     let mut reader =
         csv::ReaderBuilder::new().delimiter(delimiter(path)).buffer_capacity(BUFFER_BYTES).from_reader(file);
     let header = reader.byte_headers().map_err(|error| corrupt(path, error))?.clone();
@@ -162,7 +162,7 @@ pub(crate) fn survey(path: &Path) -> Result<Survey> {
             kinds.observe(utf8(path, cell, line)?);
         }
     }
-    let bytes_per_row = size.checked_div(rows).unwrap_or(0);
+    let bytes_per_row = stored.size_bytes().checked_div(rows).unwrap_or(0);
     Ok(Survey { rows, bytes_per_row, layout: Layout::Lines { offsets }, columns: Columns::Csv(columns) })
 }
 
@@ -190,14 +190,15 @@ fn corrupt(path: &Path, error: csv::Error) -> Error {
 ///
 /// [`Error::InputCorrupt`], [`Error::Io`].
 pub(crate) fn open(
-    path: &Path,
+    stored: &StoredFile,
     offsets: &[u64],
     schema: &SchemaRef,
     columns: &[&str],
     batch_rows: usize,
     first_row: u64,
 ) -> Result<(Batches, u64)> {
-    let mut file = File::open(path).map_err(Error::io("open", path))?;
+    let path = stored.path();
+    let mut file = stored.open()?;
     let fields = schema.fields().iter().enumerate();
     let projection =
         fields.filter(|(_, field)| columns.contains(&field.name().as_str())).map(|(index, _)| index).collect();

@@ -7,9 +7,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::fs::File;
 use std::io::{BufRead, BufReader, Seek, SeekFrom};
-use std::path::Path;
 use std::sync::Arc;
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
@@ -18,6 +16,7 @@ use arrow::json::ReaderBuilder;
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::decode::{Batches, Columns, Layout, OFFSET_ROWS, Survey, corrupt_at, guarded};
+use crate::data::store::StoredFile;
 use crate::error::{Error, Result};
 
 const BUFFER_BYTES: usize = 1 << 20;
@@ -233,10 +232,9 @@ impl<'de> Visitor<'de> for Observe<'_> {
 ///
 /// [`Error::InputCorrupt`] with the line for what is not an object or does not fit the lines before it,
 /// [`Error::Io`] where the file cannot be read.
-pub(crate) fn survey(path: &Path) -> Result<Survey> {
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    let size = file.metadata().map_err(Error::io("read", path))?.len();
-    let mut reader = BufReader::with_capacity(BUFFER_BYTES, file);
+pub(crate) fn survey(stored: &StoredFile) -> Result<Survey> {
+    let path = stored.path();
+    let mut reader = BufReader::with_capacity(BUFFER_BYTES, stored.open()?);
     let mut root = Shape::Object(Members::default());
     let mut offsets = Vec::new();
     let (mut rows, mut line_number, mut byte) = (0u64, 0u64, 0u64);
@@ -263,7 +261,7 @@ pub(crate) fn survey(path: &Path) -> Result<Survey> {
         rows += 1;
     }
     let members = if let Shape::Object(members) = root { members } else { Members::default() };
-    let bytes_per_row = size.checked_div(rows).unwrap_or(0);
+    let bytes_per_row = stored.size_bytes().checked_div(rows).unwrap_or(0);
     Ok(Survey { rows, bytes_per_row, layout: Layout::Lines { offsets }, columns: Columns::Jsonl(members) })
 }
 
@@ -292,14 +290,15 @@ fn observe(root: &mut Shape, line: &[u8]) -> Result<(), String> {
 ///
 /// [`Error::InputCorrupt`], [`Error::Io`].
 pub(crate) fn open(
-    path: &Path,
+    stored: &StoredFile,
     offsets: &[u64],
     schema: &SchemaRef,
     columns: &[&str],
     batch_rows: usize,
     first_row: u64,
 ) -> Result<(Batches, u64)> {
-    let mut file = File::open(path).map_err(Error::io("open", path))?;
+    let path = stored.path();
+    let mut file = stored.open()?;
     let fields = schema.fields().iter().filter(|field| columns.contains(&field.name().as_str()));
     let schema = Arc::new(Schema::new(fields.cloned().collect::<Vec<_>>()));
     let recorded = (first_row / OFFSET_ROWS).min(offsets.len().saturating_sub(1) as u64);

@@ -223,14 +223,14 @@ impl Stream {
         let columns = decoded_columns(input, wanted);
         let opened = match &input.layout {
             Layout::Parquet { group_starts } => {
-                parquet::open(&input.path, group_starts, &columns, input.read_rows, row).map(|batches| (batches, row))
+                parquet::open(&input.stored, group_starts, &columns, input.read_rows, row).map(|batches| (batches, row))
             }
             layout @ (Layout::ArrowFile { .. } | Layout::ArrowStream { .. }) => {
-                arrow_ipc::open(&input.path, layout, &columns, row)
+                arrow_ipc::open(&input.stored, layout, &columns, row)
             }
             Layout::Lines { offsets } => {
                 let open = if input.format == crate::data::format::InputFormat::Csv { csv::open } else { jsonl::open };
-                open(&input.path, offsets, &input.schema, &columns, input.read_rows, row)
+                open(&input.stored, offsets, &input.schema, &columns, input.read_rows, row)
             }
         };
         let (batches, next_row) = opened.map_err(|error| changed_or(dataset, file, error))?;
@@ -294,13 +294,19 @@ fn decoded_columns<'a>(input: &'a InputFile, wanted: &'a Schema) -> Vec<&'a str>
     source.map(|field| field.name().as_str()).collect()
 }
 
-/// A file that was replaced while it was read fails to decode; then that is the news.
+/// A file that was replaced while it was read fails to decode, and so does one whose store fails; then that is the news.
 fn changed_or(dataset: &Dataset, file: usize, error: Error) -> Error {
+    let error = dataset.files[file].stored.explain(error);
+    if let Error::Store { .. } | Error::InputChanged { .. } = error {
+        return error;
+    }
     match dataset.verify_unchanged(file) {
         Err(changed @ Error::InputChanged { .. }) => changed,
         _ => error,
     }
 }
 
+#[cfg(test)]
+mod store_tests;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -1,23 +1,21 @@
 //! Parquet files, decoded page by page: a row group may be a whole file.
 
-use std::fs::File;
-use std::path::Path;
-
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
 use parquet::errors::ParquetError;
 
 use super::decode::{Batches, Columns, Layout, Survey, guarded};
-use crate::error::{Error, Result};
+use crate::data::store::StoredFile;
+use crate::error::Result;
 
 /// Reads the footer. A schema that arrow wrote there is honoured.
 ///
 /// # Errors
 ///
-/// [`Error::InputCorrupt`] for a damaged footer, [`Error::Io`] where the file cannot be read.
-pub(crate) fn survey(path: &Path) -> Result<Survey> {
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    guarded(path, String::new, || {
+/// [`Error::InputCorrupt`](crate::Error::InputCorrupt) for a damaged footer, [`Error::Io`](crate::Error::Io) where the file cannot be read.
+pub(crate) fn survey(stored: &StoredFile) -> Result<Survey> {
+    let file = stored.open()?;
+    guarded(stored.path(), String::new, || {
         let metadata = ArrowReaderMetadata::load(&file, ArrowReaderOptions::new())?;
         let mut rows = 0u64;
         let mut bytes_per_row = 0;
@@ -51,14 +49,14 @@ fn broken(message: &str) -> ParquetError {
 ///
 /// As [`survey`].
 pub(crate) fn open(
-    path: &Path,
+    stored: &StoredFile,
     group_starts: &[u64],
     columns: &[&str],
     batch_rows: usize,
     first_row: u64,
 ) -> Result<Batches> {
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    guarded(path, String::new, || {
+    let file = stored.open()?;
+    guarded(stored.path(), String::new, || {
         let builder = ParquetRecordBatchReaderBuilder::try_new(file)?;
         if builder.metadata().num_row_groups() != group_starts.len() {
             return Err(broken("it has other row groups than before"));

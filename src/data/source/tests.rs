@@ -42,16 +42,16 @@ pub(crate) fn write_arrow_stream(path: &Path, batches: &[RecordBatch]) {
     writer.finish().unwrap();
 }
 
-fn all(window_rows: usize) -> WindowOptions {
+pub(super) fn all(window_rows: usize) -> WindowOptions {
     WindowOptions { projection: None, window_rows, window_bytes: usize::MAX }
 }
 
-fn units(dataset: &Dataset, unit_rows: u64) -> Vec<Unit> {
+pub(super) fn units(dataset: &Dataset, unit_rows: u64) -> Vec<Unit> {
     let rows: Vec<u64> = dataset.files.iter().map(|file| file.rows).collect();
     cut_units(&rows, unit_rows, None)
 }
 
-fn read(dataset: &Arc<Dataset>, units: Vec<Unit>, options: &WindowOptions) -> Vec<Window> {
+pub(super) fn read(dataset: &Arc<Dataset>, units: Vec<Unit>, options: &WindowOptions) -> Vec<Window> {
     let reader = WindowReader::new(Arc::clone(dataset), units, options.clone()).unwrap();
     reader.collect::<Result<Vec<_>>>().unwrap()
 }
@@ -68,7 +68,7 @@ fn open(path: &Path) -> Arc<Dataset> {
 }
 
 /// Rows of every kind of column that text may stand in, some of them null.
-fn table(rows: usize) -> RecordBatch {
+pub(super) fn table(rows: usize) -> RecordBatch {
     let text = |row: usize| (row % 5 != 3).then(|| format!("row {row} {}", "ü, \"x\"\n".repeat(row % 4)));
     let texts: Vec<Option<String>> = (0..rows).map(text).collect();
     let mut tags = ListBuilder::new(StringBuilder::new());
@@ -109,13 +109,13 @@ fn plain(batch: &RecordBatch) -> Vec<ArrayRef> {
     batch.columns().iter().map(unpack).collect()
 }
 
-fn assert_same_rows(found: &RecordBatch, expected: &RecordBatch) {
+pub(super) fn assert_same_rows(found: &RecordBatch, expected: &RecordBatch) {
     assert_eq!(found.schema().fields(), expected.schema().fields());
     assert_eq!(plain(found), plain(expected));
 }
 
 /// The table as one file of each format; text formats hold its `id` and `plain` columns only.
-fn files(folder: &TempDir, rows: usize, piece: usize) -> Vec<(std::path::PathBuf, RecordBatch)> {
+pub(super) fn files(folder: &TempDir, rows: usize, piece: usize) -> Vec<(std::path::PathBuf, RecordBatch)> {
     let table = table(rows);
     let narrow = table.project(&[0, 1]).unwrap();
     let nullable =

@@ -9,18 +9,20 @@ use super::values::{Count, count};
 use super::{Job, MessageSettings};
 use crate::data::format::InputFormat;
 use crate::data::sink::OnExisting;
+use crate::data::store::Stores;
 use crate::job::{CommandSpec, DeviceChoice, JobSpec, PromptSpec};
 use crate::model::ComputeDtype;
 use crate::text::Overflow;
 
 #[derive(Debug, Clone, Args, JsonSchema)]
 pub struct CommonSettings {
-    /// Dataset to read: a file, a glob, or a folder (with key=value subfolders as columns); repeatable
-    #[arg(short, long, value_name = "PATH|GLOB|DIR", required = true, value_hint = ValueHint::AnyPath, help_heading = "Data")]
+    /// Dataset to read: a file, a glob, or a folder (with key=value subfolders as columns), or s3://, gs://, az:// in a
+    /// build with object stores; repeatable
+    #[arg(short, long, value_name = "PATH|GLOB|DIR|URL", required = true, value_hint = ValueHint::AnyPath, help_heading = "Data")]
     input: Vec<String>,
 
-    /// Where to write: a folder of Parquet parts, or one file ending in .parquet, .arrow, .jsonl or .csv
-    #[arg(short, long, value_name = "PATH", value_hint = ValueHint::AnyPath, help_heading = "Data")]
+    /// Where to write: a folder of Parquet parts, or one file ending in .parquet, .arrow, .jsonl or .csv; a path or a URL
+    #[arg(short, long, value_name = "PATH|URL", value_hint = ValueHint::AnyPath, help_heading = "Data")]
     output: PathBuf,
 
     /// Read files as this format [default: by extension]
@@ -211,6 +213,7 @@ impl CommonSettings {
             inputs: self.input,
             input_format: self.input_format,
             output: self.output,
+            stores: Stores::default(),
             on_existing: match (self.resume, self.overwrite) {
                 (true, _) => OnExisting::Resume,
                 (_, true) => OnExisting::Overwrite,
