@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use arrow::array::{ArrayRef, BooleanArray, StringArray, UInt32Array};
 use arrow::datatypes::{DataType, Field};
 
-use crate::batch::{Packer, Padding, Sequence};
+use crate::batch::{LeftPaddedBatch, Packer, Padding, Sequence};
 use crate::error::{Error, Result};
 use crate::heads::{Head, HeadOutput};
 use crate::model::MistralModel;
@@ -197,7 +197,7 @@ impl Engine {
 
     /// Computes prepared rows; `None` when `observer` asked to stop.
     ///
-    /// A row whose results are not finite fails; the others go on.
+    /// A row whose results are not finite fails, and one that the device has no memory for even alone; the others go on.
     ///
     /// # Errors
     /// When a tensor operation fails or a column cannot be built.
@@ -234,12 +234,14 @@ impl Engine {
         }
         for batch in packer.pack(sequences) {
             let started = Instant::now();
-            let details: Vec<&TokenDetail> = batch.rows().iter().map(|&sequence| &details[sequence]).collect();
-            let batch_outputs = head.forward(model, &batch.unpad(), &details)?;
+            let batch_outputs = forward(head.as_ref(), model, &batch, &details)?;
             stats.busy += started.elapsed();
             let mut completed = 0;
             for (&sequence, output) in batch.rows().iter().zip(batch_outputs) {
-                outputs[sequence] = Some(output);
+                match output {
+                    Ok(output) => outputs[sequence] = Some(output),
+                    Err(message) => rows[owners[sequence]].error = Some(message),
+                }
                 missing[owners[sequence]] -= 1;
                 completed += u64::from(missing[owners[sequence]] == 0);
             }
@@ -277,6 +279,31 @@ impl Engine {
     }
 }
 
+/// The head's output for each row of a batch. Where the device has no memory for it, its halves are computed one after the
+/// other, down to single rows, whose error is then a message for the row.
+fn forward(
+    head: &dyn Head,
+    model: &MistralModel,
+    batch: &LeftPaddedBatch,
+    details: &[TokenDetail],
+) -> Result<Vec<Result<HeadOutput, String>>> {
+    let of_rows: Vec<&TokenDetail> = batch.rows().iter().map(|&sequence| &details[sequence]).collect();
+    let message = match head.forward(model, &batch.unpad(), &of_rows) {
+        Ok(outputs) => return Ok(outputs.into_iter().map(Ok).collect()),
+        Err(Error::OutOfMemory { message }) => message,
+        Err(error) => return Err(error),
+    };
+    let Some(halves) = batch.halves() else {
+        return Ok(vec![Err(format!("out of memory for this text alone, of {} tokens: {message}", batch.width()))]);
+    };
+    tracing::debug!("out of memory for {} rows of {} tokens: half of them next", batch.num_rows(), batch.width());
+    let mut outputs = Vec::with_capacity(batch.num_rows());
+    for half in halves {
+        outputs.extend(forward(head, model, &half, details)?);
+    }
+    Ok(outputs)
+}
+
 impl InferStats {
     fn count(&mut self, row: &Row) {
         self.null_rows += u64::from(row.is_null);
@@ -292,4 +319,93 @@ fn common_columns(rows: &[Row]) -> [ArrayRef; 3] {
         Arc::new(rows.iter().map(|row| Some(row.truncated)).collect::<BooleanArray>()),
         Arc::new(rows.iter().map(|row| row.error.as_deref()).collect::<StringArray>()),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use arrow::array::{Array, AsArray};
+    use arrow::datatypes::Float32Type;
+    use candle_core::Device;
+
+    use super::*;
+    use crate::batch::PackedBatch;
+    use crate::heads::{ClassifyOptions, SequenceClassification};
+    use crate::model::Checkpoint;
+    use crate::text::Overflow;
+
+    /// A head on a device with memory for so many tokens, which fails as CUDA does.
+    struct Scarce {
+        head: SequenceClassification,
+        tokens: usize,
+    }
+
+    impl Head for Scarce {
+        fn fields(&self) -> Vec<Field> {
+            self.head.fields()
+        }
+
+        fn forward(
+            &self,
+            model: &MistralModel,
+            batch: &PackedBatch,
+            details: &[&TokenDetail],
+        ) -> Result<Vec<HeadOutput>> {
+            if batch.num_tokens() > self.tokens {
+                let cuda = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
+                return Err(candle_core::Error::Cuda(cuda.into()).bt().into());
+            }
+            self.head.forward(model, batch, details)
+        }
+
+        fn merge(&self, chunks: Vec<HeadOutput>) -> HeadOutput {
+            self.head.merge(chunks)
+        }
+
+        fn columns(&self, rows: &[Option<HeadOutput>]) -> Result<Vec<ArrayRef>> {
+            self.head.columns(rows)
+        }
+    }
+
+    struct Nobody;
+
+    impl BatchObserver for Nobody {
+        fn after_batch(&self, _: u64, _: Padding) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn a_full_device_halves_the_batch_and_then_fails_the_row_alone() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/checkpoints/cls-nopad");
+        let checkpoint = Checkpoint::open(folder.to_str().unwrap()).unwrap();
+        let engine = |tokens| {
+            let tokenizer = TextTokenizer::open(&checkpoint.dir, checkpoint.config.vocab_size).unwrap();
+            let tokenizer = tokenizer.with_limit(200, Overflow::TruncateRight, 0).unwrap();
+            let options = ClassifyOptions::default();
+            let head = SequenceClassification::load(&checkpoint, options, &Device::Cpu).unwrap();
+            let model = MistralModel::load(&checkpoint, &Device::Cpu).unwrap();
+            Engine::new(model, Box::new(Scarce { head, tokens }), tokenizer, 4096)
+        };
+        let texts: Vec<String> = (0..40).map(|row| "some words ".repeat(1 + row % 5)).collect();
+        let long = "a long text ".repeat(20);
+        let prompt = |text| Prompt::Text { text, add_special_tokens: true };
+        let mut prompts: Vec<Prompt> = texts.iter().map(|text| prompt(text.into())).collect();
+        prompts.insert(17, prompt((&long).into()));
+        let infer = |tokens| {
+            let engine = engine(tokens);
+            engine.infer(engine.prepare(&prompts), &Nobody).unwrap().unwrap()
+        };
+        let (plenty, scarce) = (infer(usize::MAX), infer(50));
+        assert_eq!((plenty.stats.failed_rows, scarce.stats.failed_rows), (0, 1));
+        let (row, message) = scarce.first_error.unwrap();
+        assert!(row == 17 && message.contains("out of memory for this text alone"), "{message}");
+        let scores = |inferred: &Inferred| inferred.columns[1].as_primitive::<Float32Type>().clone();
+        let (plenty, scarce) = (scores(&plenty), scores(&scarce));
+        for row in (0..41).filter(|&row| row != 17) {
+            assert!((plenty.value(row) - scarce.value(row)).abs() < 1e-5, "row {row}");
+        }
+        assert!(scarce.is_null(17));
+    }
 }

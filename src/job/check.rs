@@ -99,6 +99,9 @@ pub struct MemoryEstimate {
     pub weights_bytes: u64,
     pub activations_bytes: u64,
     pub kv_cache_bytes: u64,
+    /// What `--memory-limit` made of the settings.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit: Option<String>,
 }
 
 /// How long the model would compute.
@@ -117,7 +120,8 @@ pub struct TimeEstimate {
 /// # Errors
 /// What the run would refuse before it loads the model.
 pub fn check(spec: &JobSpec) -> Result<CheckReport> {
-    let PlannedJob { checkpoint, tokenizer, plan, target, max_length } = PlannedJob::new(spec)?;
+    let PlannedJob { spec, checkpoint, tokenizer, plan, target, max_length } = PlannedJob::new(spec)?;
+    let spec = &spec;
     let finished = Sink::look(&target, &plan.output_schema, &plan.file, spec.on_existing)?.is_some();
     let sample = sample(spec, &plan, &checkpoint.config, &tokenizer)?;
     let share = if sample.rows_read == 0 { 0.0 } else { plan.file.rows as f64 / sample.rows_read as f64 };
@@ -238,6 +242,7 @@ fn memory(spec: &JobSpec, checkpoint: &Checkpoint, longest: u64) -> MemoryEstima
         weights_bytes: 4 * checkpoint.weights.num_parameters(),
         activations_bytes: checkpoint.config.activation_bytes(tokens) as u64,
         kv_cache_bytes,
+        limit: super::memory::describe(spec),
     }
 }
 
@@ -329,6 +334,7 @@ impl CheckReport {
             mib(memory.weights_bytes),
             mib(memory.activations_bytes)
         ));
+        lines.extend(memory.limit.clone());
         let seconds = self.time.seconds_at_least;
         let seconds = seconds.map_or(String::new(), |seconds| format!("at least {} s, ", two_digits(seconds)));
         lines.push(format!("time: about {} tokens, {seconds}{}", self.time.tokens, self.time.basis));

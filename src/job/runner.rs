@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::control::{Counters, RunControl};
+use super::memory;
 use super::models::ModelCache;
 use super::pipeline::{self, PipelineTotals};
 use super::plan::JobPlan;
@@ -47,7 +48,8 @@ pub async fn run_sharing(spec: JobSpec, control: Arc<RunControl>, models: Arc<Mo
         }))
         .await?
     };
-    let PlannedJob { checkpoint, tokenizer, plan, target, .. } = job;
+    let PlannedJob { spec, checkpoint, tokenizer, plan, target, .. } = job;
+    let spec = Arc::new(spec);
     let hashes = Some(Hashes::new(&plan));
     let nothing_to_do = |finished: SuccessFile| RunReport {
         started_at: started_at.clone(),
@@ -61,6 +63,9 @@ pub async fn run_sharing(spec: JobSpec, control: Arc<RunControl>, models: Arc<Mo
     let plan_seconds = started.elapsed().as_secs_f64();
     for line in plan.describe(&checkpoint, &spec) {
         control.notice(line);
+    }
+    if let Some(line) = memory::describe(&spec) {
+        tracing::info!("{line}");
     }
     control.check()?;
     // Loaded before the output is touched, so that a checkpoint with bad weights leaves no trace there.
@@ -154,6 +159,8 @@ pub fn identify(spec: &JobSpec) -> Result<JobIdentity> {
 
 /// A job that was checked and planned, before a weight is read or the output is touched.
 pub(super) struct PlannedJob {
+    /// The job, cut to its memory limit.
+    pub spec: JobSpec,
     pub checkpoint: Checkpoint,
     pub tokenizer: TextTokenizer,
     pub plan: Arc<JobPlan>,
@@ -169,11 +176,13 @@ impl PlannedJob {
     /// As [`JobPlan::new`], and when the checkpoint cannot be opened.
     pub fn new(spec: &JobSpec) -> Result<Self> {
         let checkpoint = Checkpoint::open(&spec.model)?;
+        let spec = memory::fitted(spec, &checkpoint)?;
         let tokenizer = TextTokenizer::open(&checkpoint.dir, checkpoint.config.vocab_size)?;
-        let max_length = max_length(spec, &checkpoint, &tokenizer)?;
-        let tokenizer = spec.command.tokenizer(spec, &checkpoint, tokenizer, max_length)?;
-        let plan = Arc::new(JobPlan::new(spec, &checkpoint, &tokenizer, max_length)?);
-        Ok(Self { checkpoint, tokenizer, plan, target: OutputTarget::new(&spec.output), max_length })
+        let max_length = max_length(&spec, &checkpoint, &tokenizer)?;
+        let tokenizer = spec.command.tokenizer(&spec, &checkpoint, tokenizer, max_length)?;
+        let plan = Arc::new(JobPlan::new(&spec, &checkpoint, &tokenizer, max_length)?);
+        let target = OutputTarget::new(&spec.output);
+        Ok(Self { spec, checkpoint, tokenizer, plan, target, max_length })
     }
 }
 

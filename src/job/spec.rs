@@ -10,6 +10,9 @@ use crate::text::Overflow;
 /// Padded tokens of a batch on the CPU: enough rows for fast products, little enough memory.
 pub const DEFAULT_MAX_BATCH_TOKENS: usize = 4096;
 
+/// Text in a packing window, in bytes: bounds memory where rows are long.
+pub const DEFAULT_WINDOW_BYTES: usize = 64 << 20;
+
 /// One job: a command over a dataset with a checkpoint.
 #[derive(Debug, Clone)]
 pub struct JobSpec {
@@ -42,6 +45,10 @@ pub struct JobSpec {
     pub stride: Option<usize>,
     /// Padded tokens of a batch.
     pub max_batch_tokens: usize,
+    /// Text in a packing window, in bytes.
+    pub window_bytes: usize,
+    /// Memory that batches, windows and caches are cut to fit, in bytes.
+    pub memory_limit: Option<u64>,
     /// Rows of a unit.
     pub unit_rows: Option<u64>,
     /// Rows that are computed once more at the end, each alone, to see that their company changed nothing.

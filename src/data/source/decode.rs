@@ -17,6 +17,10 @@ use crate::error::{Error, Result, one_line};
 
 /// Rows between two recorded byte offsets of a text file.
 pub(crate) const OFFSET_ROWS: u64 = 4096;
+/// What a compressed page or buffer may unpack to whatever its size: far above what writers cut by default.
+pub(crate) const MAX_UNPACKED_BYTES: u64 = 256 << 20;
+/// A larger one, such as a single huge value, is believed where it is no better packed than this.
+pub(crate) const MAX_LARGE_RATIO: u64 = 16;
 
 /// The decoded batches of a file, from the row that it was opened at.
 pub(crate) type Batches = Box<dyn Iterator<Item = Result<RecordBatch, ArrowError>> + Send>;
@@ -91,6 +95,17 @@ pub(crate) fn guarded<T, E: StdError + 'static>(
     }
 }
 
+/// Refuses what claims to unpack to more memory than it is worth: a decoder allocates all of it before it looks.
+pub(crate) fn check_expansion(what: &str, packed_bytes: u64, unpacked_bytes: u64) -> Result<(), String> {
+    if unpacked_bytes <= MAX_UNPACKED_BYTES || unpacked_bytes / MAX_LARGE_RATIO <= packed_bytes {
+        return Ok(());
+    }
+    Err(format!(
+        "{what} claims to unpack from {packed_bytes} to {unpacked_bytes} bytes; over {MAX_UNPACKED_BYTES}, at most \
+         {MAX_LARGE_RATIO} times its packed size is believed"
+    ))
+}
+
 /// [`Error::InputCorrupt`] at a place such as ", row group 3".
 pub(crate) fn corrupt_at(path: &Path, place: String, message: impl ToString) -> Error {
     Error::InputCorrupt { path: path.to_owned(), place, message: one_line(message) }
@@ -133,6 +148,15 @@ mod tests {
         let short = io::Error::from(io::ErrorKind::UnexpectedEof);
         let failed = guarded(path, place, || Err::<(), _>(ArrowError::IoError("x".to_owned(), short))).unwrap_err();
         assert_eq!(failed.exit_code(), ExitCode::InputData);
+    }
+
+    #[test]
+    fn large_and_well_packed_is_not_believed() {
+        let limit = MAX_UNPACKED_BYTES;
+        check_expansion("a page", 1, limit).unwrap();
+        check_expansion("a page", limit / 8, limit * 2).unwrap();
+        let refused = check_expansion("a page", 40, i32::MAX as u64).unwrap_err();
+        assert!(refused.starts_with("a page claims to unpack from 40 to 2147483647 bytes"), "{refused}");
     }
 
     #[test]

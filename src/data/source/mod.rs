@@ -8,7 +8,9 @@ pub(crate) mod arrow_ipc;
 pub(crate) mod csv;
 pub(crate) mod decode;
 pub(crate) mod jsonl;
+mod pages;
 pub(crate) mod parquet;
+mod thrift;
 
 use std::collections::VecDeque;
 use std::sync::Arc;

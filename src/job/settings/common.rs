@@ -9,7 +9,7 @@ use super::values::{Count, count};
 use super::{Job, MessageSettings};
 use crate::data::format::InputFormat;
 use crate::data::sink::OnExisting;
-use crate::job::{CommandSpec, DEFAULT_MAX_BATCH_TOKENS, JobSpec, PromptSpec};
+use crate::job::{CommandSpec, DEFAULT_MAX_BATCH_TOKENS, DEFAULT_WINDOW_BYTES, JobSpec, PromptSpec};
 use crate::text::Overflow;
 
 #[derive(Debug, Clone, Args, JsonSchema)]
@@ -101,6 +101,11 @@ pub struct CommonSettings {
         default_value_t = DEFAULT_MAX_BATCH_TOKENS as u64, help_heading = "Running")]
     #[schemars(with = "Count")]
     max_batch_tokens: u64,
+
+    /// Cut batches, windows and caches so that the run fits into so many bytes; accepts 512M and 2G [default: no limit]
+    #[arg(long, value_name = "BYTES", value_parser = count, help_heading = "Running")]
+    #[schemars(with = "Option<Count>")]
+    memory_limit: Option<u64>,
 
     /// Rows of a unit, which is committed as a whole [default: 4096, more for very large inputs]
     #[schemars(range(min = 1))]
@@ -235,6 +240,8 @@ impl CommonSettings {
             }),
             stride: self.stride,
             max_batch_tokens: self.max_batch_tokens as usize,
+            window_bytes: DEFAULT_WINDOW_BYTES,
+            memory_limit: self.memory_limit,
             unit_rows: self.unit_rows,
             audit: self.audit,
             max_errors: if self.on_error == OnErrorArg::Fail { Some(0) } else { self.max_errors },
