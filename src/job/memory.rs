@@ -89,7 +89,9 @@ pub(super) fn describe(spec: &JobSpec) -> Option<String> {
         _ => String::new(),
     };
     let (tokens, window) = (spec.max_batch_tokens, mib(spec.window_bytes as u64));
-    Some(format!("memory limit {limit}: batches of {tokens} tokens, windows of {window}{cache}; a longer row comes on top"))
+    Some(format!(
+        "memory limit {limit}: batches of {tokens} tokens, windows of {window}{cache}; a longer row comes on top"
+    ))
 }
 
 fn mib(bytes: u64) -> String {
@@ -124,10 +126,7 @@ mod tests {
         let without = JobSpec { memory_limit: None, ..ample.clone() };
         let checkpoint = Checkpoint::open(&ample.model).unwrap();
         let unlimited = fitted(&without, &checkpoint).unwrap();
-        assert_eq!(
-            (ample.max_batch_tokens, ample.window_bytes),
-            (unlimited.max_batch_tokens, unlimited.window_bytes)
-        );
+        assert_eq!((ample.max_batch_tokens, ample.window_bytes), (unlimited.max_batch_tokens, unlimited.window_bytes));
         let mut before = (usize::MAX, usize::MAX, u64::MAX);
         for limit in ["8G", "1G", "512M", "256M", "160M", "136M"] {
             let spec = fit("generate", "lm-window", limit).unwrap();

@@ -377,7 +377,8 @@ fn rows_that_fail_say_why_in_one_line_and_the_rest_goes_on() {
     let chats: StringArray = rows.iter().map(Option::as_deref).collect();
     let input = scratch.parquet("in.parquet", vec![("chat", Arc::new(chats))]);
     let (model, output) = (checkpoint("lm-window"), scratch.arg("out"));
-    let args = ["generate", "-i", &input, "--chat-column", "chat", "--max-tokens", "2", "--model", &model, "-o", &output];
+    let args =
+        ["generate", "-i", &input, "--chat-column", "chat", "--max-tokens", "2", "--model", &model, "-o", &output];
     let summary = succeed(&[&args[..], &["--max-length", "60", "--overflow", "error"]].concat());
     let results = read_parquet(&output);
     let (errors, completions) = (strings(&results, "error"), strings(&results, "completion"));

@@ -68,7 +68,11 @@ fn table() -> RecordBatch {
         ("id", Arc::new(Int64Array::from_iter_values(0..ROWS as i64)) as ArrayRef, false),
         ("text", plain, true),
         ("view", Arc::new(StringViewArray::from_iter(texts)), true),
-        ("label", Arc::new((0..ROWS).map(|row| Some(["a", "b"][row % 2])).collect::<DictionaryArray<Int32Type>>()), true),
+        (
+            "label",
+            Arc::new((0..ROWS).map(|row| Some(["a", "b"][row % 2])).collect::<DictionaryArray<Int32Type>>()),
+            true,
+        ),
         ("weight", Arc::new(Float64Array::from_iter_values((0..ROWS).map(|row| row as f64 / 2.0))), true),
         ("key", Arc::new(FixedSizeBinaryArray::try_from_sparse_iter_with_size(keys, 5).unwrap()), true),
         ("sure", flags, true),
@@ -94,7 +98,10 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
     let encodings = [
         ("dictionary", None),
         ("plain", Some((Encoding::PLAIN, Encoding::PLAIN, Encoding::PLAIN))),
-        ("delta", Some((Encoding::DELTA_BINARY_PACKED, Encoding::DELTA_LENGTH_BYTE_ARRAY, Encoding::BYTE_STREAM_SPLIT))),
+        (
+            "delta",
+            Some((Encoding::DELTA_BINARY_PACKED, Encoding::DELTA_LENGTH_BYTE_ARRAY, Encoding::BYTE_STREAM_SPLIT)),
+        ),
         ("prefix", Some((Encoding::BYTE_STREAM_SPLIT, Encoding::DELTA_BYTE_ARRAY, Encoding::PLAIN))),
     ];
     for compression in compressions {
@@ -308,7 +315,11 @@ fn read_damaged_files(start: u64, end: u64, limit: Duration) {
         std::thread::sleep(Duration::from_millis(20));
     };
     let told = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap_or_default();
-    println!("{} in {:.1} s", told("stdout").lines().find(|line| line.contains("refused")).unwrap_or(""), started.elapsed().as_secs_f64());
+    println!(
+        "{} in {:.1} s",
+        told("stdout").lines().find(|line| line.contains("refused")).unwrap_or(""),
+        started.elapsed().as_secs_f64()
+    );
     assert!(
         status.is_some_and(|status| status.success()),
         "{status:?} at file {}: {} {}",

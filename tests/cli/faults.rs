@@ -59,7 +59,8 @@ struct Job {
 impl Job {
     fn new() -> Self {
         let scratch = Scratch::new();
-        let texts: Vec<String> = (0..ROWS).map(|row| "some words ".repeat(1 + row * 7 % 11) + &row.to_string()).collect();
+        let texts: Vec<String> =
+            (0..ROWS).map(|row| "some words ".repeat(1 + row * 7 % 11) + &row.to_string()).collect();
         let input = scratch.texts("in.parquet", texts.iter().map(|text| Some(text.as_str())));
         let mut job = Self { input, whole: read_parquet(&scratch.arg("in.parquet")), scratch };
         job.run("whole", None, &[]);
@@ -103,7 +104,8 @@ impl Job {
         let output = format!("{name}/out{}", if name.contains("jsonl") { ".jsonl" } else { "" });
         let failed = self.run(&output, Some((failure, &below)), &[]);
         let log = std::fs::read_to_string(self.log()).unwrap_or_default();
-        let met = log.lines().any(|line| line.starts_with(failure.call) && line.ends_with(&format!("-{}", failure.errno)));
+        let met =
+            log.lines().any(|line| line.starts_with(failure.call) && line.ends_with(&format!("-{}", failure.errno)));
         no_fsync_is_tried_again(&log);
         let path = self.scratch.path(&output);
         let before = self.whole_or_absent(&path, failed.status.success());
@@ -275,10 +277,8 @@ fn a_small_file_system_that_fills_up_is_survived() {
     std::fs::create_dir(&mount).unwrap();
     let program = env!("CARGO_BIN_EXE_mistral-batch");
     let model = checkpoint("cls-nopad");
-    let classify = format!(
-        "{program} classify -i {} --model {model} --unit-rows {UNIT_ROWS} -q -o {mount}/out",
-        job.input
-    );
+    let classify =
+        format!("{program} classify -i {} --model {model} --unit-rows {UNIT_ROWS} -q -o {mount}/out", job.input);
     let saved = job.scratch.arg("saved");
     // The room for the plan and a part, then for all.
     let script = format!(

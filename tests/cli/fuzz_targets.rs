@@ -51,13 +51,15 @@ pub fn checkpoint(bytes: &[u8]) {
         _ => "model.safetensors.index.json",
     };
     FOLDER.with(|folder| {
-        let Ok(folder) = folder.get().map_or_else(|| tempfile::tempdir().map(|new| folder.get_or_init(|| new)), Ok) else {
+        let Ok(folder) = folder.get().map_or_else(|| tempfile::tempdir().map(|new| folder.get_or_init(|| new)), Ok)
+        else {
             return;
         };
         let path = folder.path().join(name);
         if std::fs::write(&path, content).is_ok() {
             if let Ok(weights) = Weights::open(folder.path()) {
-                let _ = (weights.num_parameters(), weights.dtypes(), weights.identity_sha256(), weights.names().count());
+                let _ =
+                    (weights.num_parameters(), weights.dtypes(), weights.identity_sha256(), weights.names().count());
             }
             let _ = std::fs::remove_file(&path);
         }

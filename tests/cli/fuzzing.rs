@@ -18,8 +18,22 @@ fn random(state: &mut u64) -> usize {
 
 /// Words that mean something to the formats at hand, put where they do not belong.
 const WORDS: [&[u8]; 16] = [
-    b"null", b"-1", b"18446744073709551615", b"1e309", b"\"\"", b"{}", b"[[[[[[[[", b"${", b"${a:-${b}}", b"{% for x in messages %}",
-    b"{{ messages", b"~ x ~ x", b"\xff", b"../", b"= [", b"0.0000001",
+    b"null",
+    b"-1",
+    b"18446744073709551615",
+    b"1e309",
+    b"\"\"",
+    b"{}",
+    b"[[[[[[[[",
+    b"${",
+    b"${a:-${b}}",
+    b"{% for x in messages %}",
+    b"{{ messages",
+    b"~ x ~ x",
+    b"\xff",
+    b"../",
+    b"= [",
+    b"0.0000001",
 ];
 
 fn damaged(seed: &[u8], state: &mut u64) -> Vec<u8> {
@@ -54,7 +68,11 @@ fn fuzz(target: fn(&[u8]), seeds: &[Vec<u8>]) {
             let bytes = damaged(seed, &mut state);
             let started = Instant::now();
             target(&bytes);
-            assert!(started.elapsed() < Duration::from_secs(10), "took too long: {:?}", String::from_utf8_lossy(&bytes));
+            assert!(
+                started.elapsed() < Duration::from_secs(10),
+                "took too long: {:?}",
+                String::from_utf8_lossy(&bytes)
+            );
         }
     }
 }
@@ -83,17 +101,14 @@ fn a_checkpoint_that_is_anything() {
     weights.truncate(9 + header + 64);
     fuzz(
         targets::checkpoint,
-        &[
-            file(0, format!("{folder}/config.json")),
-            weights,
-            file(2, format!("{folder}/model.safetensors.index.json")),
-        ],
+        &[file(0, format!("{folder}/config.json")), weights, file(2, format!("{folder}/model.safetensors.index.json"))],
     );
 }
 
 #[test]
 fn a_chat_template_that_is_anything() {
     let template = std::fs::read(checkpoint("lm-window") + "/chat_template.jinja").unwrap();
-    let chat = br#"[{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "ho"}]}]"#;
+    let chat =
+        br#"[{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "ho"}]}]"#;
     fuzz(targets::chat_template, &[[&template[..], &[0], chat].concat(), template]);
 }

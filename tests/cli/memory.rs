@@ -31,7 +31,8 @@ fn a_limit_cuts_batches_and_windows_and_changes_no_result() {
     let args = ["classify", "-i", &input, "-o", &output, "--model", &model, "--memory-limit", "200M"];
     assert!(succeed(&args).contains("nothing to do"));
 
-    let refused = fail(64, &["classify", "-i", &input, "-o", &scratch.arg("x"), "--model", &model, "--memory-limit", "64M"]);
+    let refused =
+        fail(64, &["classify", "-i", &input, "-o", &scratch.arg("x"), "--model", &model, "--memory-limit", "64M"]);
     assert!(refused.contains("--memory-limit 64 MiB is too little") && refused.contains("of weights"), "{refused}");
     assert!(!scratch.path("x").exists());
     let job = format!(
@@ -47,7 +48,8 @@ fn a_limit_cuts_batches_and_windows_and_changes_no_result() {
 fn what_a_run_takes_stays_under_the_limit() {
     // Rows of 20 kB: windows of 64 MiB of them, many times over, would be far beyond it.
     let scratch = Scratch::new();
-    let texts: Vec<String> = (0..6000).map(|row| format!("row {row} {}", "some words of a long text ".repeat(800))).collect();
+    let texts: Vec<String> =
+        (0..6000).map(|row| format!("row {row} {}", "some words of a long text ".repeat(800))).collect();
     let input = scratch.texts("in.parquet", texts.iter().map(|text| Some(text.as_str())));
     let (model, output) = (checkpoint("cls-nopad"), scratch.arg("out"));
     let script = format!(
@@ -59,7 +61,8 @@ fn what_a_run_takes_stays_under_the_limit() {
     );
     let peak_kib = |limit: &str| -> u64 {
         let program = env!("CARGO_BIN_EXE_mistral-batch");
-        let args = ["classify", "-i", &input, "-o", &output, "--model", &model, "--max-length", "64", "-q", "--overwrite"];
+        let args =
+            ["classify", "-i", &input, "-o", &output, "--model", &model, "--max-length", "64", "-q", "--overwrite"];
         let mut command = std::process::Command::new("bash");
         command.args(["-c", &script, "bash", program]).args(args).args(["--memory-limit", limit]);
         let ran = command.output().unwrap();

@@ -41,7 +41,8 @@ fn run_all(scratch: &Scratch, args: &[&str]) {
             std::fs::read_to_string(output).unwrap()
         });
         assert!(outputs[0] == outputs[1] && outputs[0] == outputs[2], "{name}: threads changed the output");
-        let lines: Vec<serde_json::Value> = outputs[0].lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let lines: Vec<serde_json::Value> =
+            outputs[0].lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!(lines.len(), ROWS, "{name}");
         for (line, text) in lines.into_iter().zip(&texts) {
             assert_eq!(line["text"].as_str(), Some(text.as_str()), "{name}: rows are out of order");
