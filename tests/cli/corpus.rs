@@ -155,7 +155,9 @@ fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
     let footer = match parquet {
         true => {
             let end = bytes.len() - 8;
-            end - u32::from_le_bytes(bytes[end..end + 4].try_into().unwrap()) as usize..end
+            let length = u32::from_le_bytes(bytes[end..end + 4].try_into().unwrap()) as usize;
+            // An earlier mutation may have damaged the length.
+            end.checked_sub(length).filter(|&start| start < end).unwrap_or(end / 2)..end
         }
         false => bytes.len() * 3 / 4..bytes.len(),
     };

@@ -18,8 +18,8 @@ const ENOSPC: i32 = 28;
 const EDQUOT: i32 = 122;
 /// Not an error: a call that does one byte of its work.
 const SHORT: i32 = 0;
-const ROWS: usize = 600;
-const UNIT_ROWS: usize = 200;
+const ROWS: usize = 60;
+const UNIT_ROWS: usize = 20;
 
 /// The preloaded library, built with the C compiler that the program itself was built with.
 fn library() -> &'static Path {

@@ -60,9 +60,20 @@ pub(crate) enum Layout {
 impl Layout {
     /// The part of the file that holds `row`, for error messages.
     pub fn place(&self, row: u64) -> String {
+        self.places(row, 1)
+    }
+
+    /// As [`Layout::place`], for as many `rows` from this one on: a decoder reads across row groups.
+    pub fn places(&self, row: u64, rows: u64) -> String {
         let index = |starts: &[u64]| starts.partition_point(|&start| start <= row).saturating_sub(1);
         match self {
-            Layout::Parquet { group_starts } => format!(", row group {}", index(group_starts)),
+            Layout::Parquet { group_starts } => {
+                let last = group_starts.partition_point(|&start| start < row.saturating_add(rows)).saturating_sub(1);
+                match index(group_starts) {
+                    first if first < last => format!(", row groups {first} to {last}"),
+                    first => format!(", row group {first}"),
+                }
+            }
             Layout::ArrowFile { batch_starts } => format!(", record batch {}", index(batch_starts)),
             Layout::ArrowStream { batches, .. } => {
                 let batch = batches.partition_point(|&(start, _)| start <= row).saturating_sub(1);
@@ -165,5 +176,7 @@ mod tests {
         assert_eq!(layout.place(9), ", row group 0");
         assert_eq!(layout.place(10), ", row group 2");
         assert_eq!(layout.place(99), ", row group 3");
+        assert_eq!(layout.places(5, 5), ", row group 0");
+        assert_eq!(layout.places(5, 6), ", row groups 0 to 2");
     }
 }
