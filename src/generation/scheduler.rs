@@ -11,7 +11,7 @@ use super::live::{Completion, Live, Request};
 use super::sampler::Sampled;
 use super::stop::Decode;
 use crate::batch::PackedBatch;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A model that can go on with sequences token by token.
 pub trait StepModel: Sync {
@@ -157,6 +157,12 @@ struct Queue {
     arrivals: u64,
 }
 
+/// What a step computed: each sequence's next token, or the logits to choose it from, `[B, vocab]`.
+enum NextTokens {
+    Chosen(Vec<Sampled>),
+    Logits(Vec<f32>),
+}
+
 /// A sequence that has begun, with its cache.
 struct Slot<C> {
     live: Live,
@@ -268,15 +274,23 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
 
     /// Computes one more token of every sequence, new ones included, and returns the completions that it ended.
     ///
+    /// Where the device has no memory for that, all begin anew, fewer at a time.
+    ///
     /// # Errors
     /// When the model fails; the scheduler is then of no use.
     pub fn step(&mut self) -> Result<Vec<Completion>> {
         if self.run.is_none() {
             self.admit()?;
-            self.begin_run()?;
+            match self.begin_run() {
+                Err(Error::OutOfMemory { message }) => return Ok(self.begin_anew(&message)),
+                begun => begun?,
+            }
         }
         if self.run.is_some() {
-            return self.step_of_run();
+            return match self.step_of_run() {
+                Err(Error::OutOfMemory { message }) => Ok(self.begin_anew(&message)),
+                result => result,
+            };
         }
         if self.live.is_empty() {
             return Ok(Vec::new());
@@ -285,18 +299,23 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
         let is_greedy = |request: &Request| request.params.is_plain_greedy() && request.samples.len() == 1;
         let greedy = self.live.iter().all(|slot| is_greedy(&slot.live.request));
         let mut caches: Vec<_> = self.live.iter_mut().map(|slot| &mut slot.cache).collect();
-        let decoder = self.decoder;
-        let chosen = if greedy { self.model.step_greedy(&batch, &mut caches)? } else { None };
-        match chosen {
-            Some(chosen) => self.take_chosen(chosen),
-            None => {
-                let mut logits = self.model.step(&batch, &mut caches)?;
+        let chosen = if greedy { self.model.step_greedy(&batch, &mut caches) } else { Ok(None) };
+        let computed = chosen.and_then(|chosen| match chosen {
+            Some(chosen) => Ok(NextTokens::Chosen(chosen)),
+            None => self.model.step(&batch, &mut caches).map(NextTokens::Logits),
+        });
+        match computed {
+            Ok(NextTokens::Chosen(chosen)) => self.take_chosen(chosen),
+            Ok(NextTokens::Logits(mut logits)) => {
                 self.keep_trunks(&logits)?;
+                let decoder = self.decoder;
                 self.live
                     .par_iter_mut()
                     .zip(logits.par_chunks_mut(self.model.vocab_size()))
                     .for_each(|(slot, logits)| slot.live.take_token(logits, decoder));
             }
+            Err(Error::OutOfMemory { message }) => return Ok(self.begin_anew(&message)),
+            Err(error) => return Err(error),
         }
         self.stats.steps += 1;
         self.stats.completion_tokens += self.live.len() as u64;
@@ -352,6 +371,31 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
         let completions = self.take_ended();
         self.run = run.filter(|_| !ends && !self.live.is_empty());
         Ok(completions)
+    }
+
+    /// After a step that the device had no memory for, which leaves its caches of no use: what was live begins anew with half as
+    /// many rows at a time from now on. A completion is a function of its request, so it comes out the same. One that was
+    /// alone fails.
+    fn begin_anew(&mut self, message: &str) -> Vec<Completion> {
+        self.run = None;
+        let live = std::mem::take(&mut self.live);
+        let trunks = std::mem::take(&mut self.trunks);
+        self.kv_cache_bytes = 0;
+        if let ([slot], []) = (&live[..], &trunks[..]) {
+            let request = slot.live.request_again();
+            let message = format!("out of memory for this completion alone: {message}");
+            let failed = |sample| Completion { row: request.row, sample, result: Err(message.clone()) };
+            return request.samples.clone().map(failed).collect();
+        }
+        self.limits.max_rows = (live.len() / 2).max(1);
+        tracing::debug!("out of memory for {} completions: {} at a time from now on", live.len(), self.limits.max_rows);
+        for slot in live {
+            self.enqueue(slot.live.request_again());
+        }
+        for trunk in trunks {
+            self.enqueue(Request { samples: trunk.samples, ..Request::clone(&trunk.request) });
+        }
+        Vec::new()
     }
 
     /// Keeps the cache and the logits of prompts that were computed just now and have further samples.
@@ -806,5 +850,61 @@ mod tests {
         }
         assert_eq!(completions.len(), 2);
         assert!(completions.iter().all(|completion| completion.result.is_err() == (completion.row == 0)));
+    }
+
+    #[test]
+    fn a_full_device_begins_anew_with_fewer_and_then_fails_the_row_alone() {
+        /// Memory for so many tokens in all caches.
+        struct Scarce(Fake, usize);
+        impl StepModel for Scarce {
+            type Cache = FakeCache;
+            fn vocab_size(&self) -> usize {
+                VOCAB
+            }
+            fn cache_bytes(&self, max_len: usize) -> usize {
+                self.0.cache_bytes(max_len)
+            }
+            fn new_cache(&self, max_len: usize) -> FakeCache {
+                self.0.new_cache(max_len)
+            }
+            fn step(&self, batch: &PackedBatch, caches: &mut [&mut FakeCache]) -> Result<Vec<f32>> {
+                if caches.iter().map(|cache| cache.tokens.len()).sum::<usize>() + batch.num_tokens() > self.1 {
+                    // Half done, as a real one would leave them.
+                    caches.iter_mut().for_each(|cache| cache.tokens.clear());
+                    return Err(Error::OutOfMemory { message: "CUDA_ERROR_OUT_OF_MEMORY".into() });
+                }
+                self.0.step(batch, caches)
+            }
+        }
+        let limits = SchedulerLimits { kv_cache_bytes: 1_000_000, max_rows: 16, prefill_tokens: 1000 };
+        for samples in [1, 3] {
+            let model = Scarce(fake(), 60);
+            let mut scheduler = Scheduler::new(&model, &Letters, limits);
+            let mut requests: Vec<_> = (0..12).map(|row| request(row, 3 + row, 10 + row, vec![])).collect();
+            requests.push(request(12, 50, 20, vec![]));
+            requests.push(request(13, 61, 1, vec![]));
+            for request in &mut requests {
+                request.samples = 0..samples;
+                scheduler.push(request.clone()).unwrap();
+            }
+            let mut ended = vec![Vec::new(); requests.len()];
+            while !scheduler.is_idle() {
+                for completion in scheduler.step().unwrap() {
+                    ended[completion.row].push(completion.sample);
+                    match completion.result {
+                        Ok(generated) => {
+                            assert_eq!(generated.token_ids, expected(&requests[completion.row]).0);
+                            assert!(completion.row < 12);
+                        }
+                        Err(message) => assert!(completion.row >= 12 && message.contains("out of memory"), "{message}"),
+                    }
+                }
+            }
+            for samples_of_row in &mut ended {
+                samples_of_row.sort_unstable();
+                assert_eq!(*samples_of_row, (0..samples).collect::<Vec<_>>());
+            }
+            assert_eq!(scheduler.kv_cache_bytes, 0);
+        }
     }
 }

@@ -8,6 +8,7 @@ mod devices;
 mod generation;
 pub mod job_file;
 pub mod lineage;
+mod memory;
 mod models;
 mod pipeline;
 mod plan;
@@ -33,7 +34,7 @@ pub use models::ModelCache;
 pub use report::{Hashes, RunDetails, RunReport, Timings, UnitCounts};
 pub use runner::{JobIdentity, identify, run, run_sharing};
 pub use settings::{Job, JobSettings, LogFormat, MessageSettings, ProgressMode, count};
-pub use spec::{JobSpec, PromptSpec};
+pub use spec::{DEFAULT_WINDOW_BYTES, JobSpec, PromptSpec};
 pub use variables::Variables;
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use super::control::{Counters, RunControl};
 use super::devices::Devices;
 use super::lineage::PlannedData;
+use super::memory;
 use super::models::ModelCache;
 use super::pipeline::{self, PipelineTotals};
 use super::plan::JobPlan;
@@ -48,7 +49,8 @@ pub async fn run_sharing(spec: JobSpec, control: Arc<RunControl>, models: Arc<Mo
         }))
         .await?
     };
-    let PlannedJob { checkpoint, tokenizer, plan, target, devices, .. } = job;
+    let PlannedJob { spec, checkpoint, tokenizer, plan, target, devices, .. } = job;
+    let spec = Arc::new(spec);
     let hashes = Some(Hashes::new(&plan));
     let planned = Some(PlannedData::new(&plan));
     let nothing_to_do = |finished: SuccessFile| RunReport {
@@ -67,6 +69,9 @@ pub async fn run_sharing(spec: JobSpec, control: Arc<RunControl>, models: Arc<Mo
     }
     for line in plan.describe(&checkpoint, &spec, &devices) {
         control.notice(line);
+    }
+    if let Some(line) = memory::describe(&spec, &devices) {
+        tracing::info!("{line}");
     }
     control.check()?;
     // Loaded before the output is touched, so that a checkpoint with bad weights leaves no trace there.
@@ -161,6 +166,8 @@ pub fn identify(spec: &JobSpec) -> Result<JobIdentity> {
 
 /// A job that was checked and planned, before a weight is read or the output is touched.
 pub(super) struct PlannedJob {
+    /// The job, cut to its memory limit.
+    pub spec: JobSpec,
     pub checkpoint: Checkpoint,
     pub tokenizer: TextTokenizer,
     pub plan: Arc<JobPlan>,
@@ -180,12 +187,13 @@ impl PlannedJob {
         let devices = spec.device.open()?;
         let checkpoint = Checkpoint::open(&spec.model)?.with_dtype(spec.dtype);
         checkpoint.compute_dtype(devices.first())?;
+        let spec = memory::fitted(spec, &checkpoint, &devices)?;
         let tokenizer = TextTokenizer::open(&checkpoint.dir, checkpoint.config.vocab_size)?;
-        let max_length = max_length(spec, &checkpoint, &tokenizer)?;
-        let tokenizer = spec.command.tokenizer(spec, &checkpoint, tokenizer, max_length)?;
-        let plan = Arc::new(JobPlan::new(spec, &checkpoint, &tokenizer, max_length, &devices)?);
+        let max_length = max_length(&spec, &checkpoint, &tokenizer)?;
+        let tokenizer = spec.command.tokenizer(&spec, &checkpoint, tokenizer, max_length)?;
+        let plan = Arc::new(JobPlan::new(&spec, &checkpoint, &tokenizer, max_length, &devices)?);
         let target = OutputTarget::locate(&spec.output, &spec.stores)?;
-        Ok(Self { checkpoint, tokenizer, plan, target, max_length, devices })
+        Ok(Self { spec, checkpoint, tokenizer, plan, target, max_length, devices })
     }
 }
 
