@@ -213,7 +213,7 @@ impl Engine {
 
     /// Computes prepared rows; `None` when `observer` asked to stop.
     ///
-    /// A row whose results are not finite fails; the others go on.
+    /// A row whose results are not finite fails, and one that the device has no memory for even alone; the others go on.
     ///
     /// # Errors
     /// When a tensor operation fails or a column cannot be built.
@@ -251,7 +251,10 @@ impl Engine {
         let (busy, went_on) = replicas.compute(packer.pack(sequences), &details, |batch, batch_outputs| {
             let mut completed = 0;
             for (&sequence, output) in batch.rows().iter().zip(batch_outputs) {
-                outputs[sequence] = Some(output);
+                match output {
+                    Ok(output) => outputs[sequence] = Some(output),
+                    Err(message) => rows[owners[sequence]].error = Some(message),
+                }
                 missing[owners[sequence]] -= 1;
                 completed += u64::from(missing[owners[sequence]] == 0);
             }
@@ -306,4 +309,93 @@ fn common_columns(rows: &[Row]) -> [ArrayRef; 3] {
         Arc::new(rows.iter().map(|row| Some(row.truncated)).collect::<BooleanArray>()),
         Arc::new(rows.iter().map(|row| row.error.as_deref()).collect::<StringArray>()),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use arrow::array::{Array, AsArray};
+    use arrow::datatypes::Float32Type;
+    use candle_core::Device;
+
+    use super::*;
+    use crate::batch::PackedBatch;
+    use crate::heads::{ClassifyOptions, SequenceClassification};
+    use crate::model::Checkpoint;
+    use crate::text::Overflow;
+
+    /// A head on a device with memory for so many tokens, which fails as CUDA does.
+    struct Scarce {
+        head: SequenceClassification,
+        tokens: usize,
+    }
+
+    impl Head for Scarce {
+        fn fields(&self) -> Vec<Field> {
+            self.head.fields()
+        }
+
+        fn forward(
+            &self,
+            model: &MistralModel,
+            batch: &PackedBatch,
+            details: &[&TokenDetail],
+        ) -> Result<Vec<HeadOutput>> {
+            if batch.num_tokens() > self.tokens {
+                let cuda = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
+                return Err(candle_core::Error::Cuda(cuda.into()).bt().into());
+            }
+            self.head.forward(model, batch, details)
+        }
+
+        fn merge(&self, chunks: Vec<HeadOutput>) -> HeadOutput {
+            self.head.merge(chunks)
+        }
+
+        fn columns(&self, rows: &[Option<HeadOutput>]) -> Result<Vec<ArrayRef>> {
+            self.head.columns(rows)
+        }
+    }
+
+    struct Nobody;
+
+    impl BatchObserver for Nobody {
+        fn after_batch(&self, _: u64, _: Padding) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn a_full_device_halves_the_batch_and_then_fails_the_row_alone() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/checkpoints/cls-nopad");
+        let checkpoint = Checkpoint::open(folder.to_str().unwrap()).unwrap();
+        let engine = |tokens| {
+            let tokenizer = TextTokenizer::open(&checkpoint.dir, checkpoint.config.vocab_size).unwrap();
+            let tokenizer = tokenizer.with_limit(200, Overflow::TruncateRight, 0).unwrap();
+            let options = ClassifyOptions::default();
+            let head = SequenceClassification::load(&checkpoint, options, &Device::Cpu).unwrap();
+            let model = MistralModel::load(&checkpoint, &Device::Cpu).unwrap();
+            Engine::new(model, Box::new(Scarce { head, tokens }), tokenizer, 4096)
+        };
+        let texts: Vec<String> = (0..40).map(|row| "some words ".repeat(1 + row % 5)).collect();
+        let long = "a long text ".repeat(20);
+        let prompt = |text| Prompt::Text { text, add_special_tokens: true };
+        let mut prompts: Vec<Prompt> = texts.iter().map(|text| prompt(text.into())).collect();
+        prompts.insert(17, prompt((&long).into()));
+        let infer = |tokens| {
+            let engine = engine(tokens);
+            engine.infer(engine.prepare(&prompts), &Nobody).unwrap().unwrap()
+        };
+        let (plenty, scarce) = (infer(usize::MAX), infer(50));
+        assert_eq!((plenty.stats.failed_rows, scarce.stats.failed_rows), (0, 1));
+        let (row, message) = scarce.first_error.unwrap();
+        assert!(row == 17 && message.contains("out of memory for this text alone"), "{message}");
+        let scores = |inferred: &Inferred| inferred.columns[1].as_primitive::<Float32Type>().clone();
+        let (plenty, scarce) = (scores(&plenty), scores(&scarce));
+        for row in (0..41).filter(|&row| row != 17) {
+            assert!((plenty.value(row) - scarce.value(row)).abs() < 1e-5, "row {row}");
+        }
+        assert!(scarce.is_null(17));
+    }
 }

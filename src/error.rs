@@ -104,6 +104,10 @@ pub enum Error {
     #[error("device {device}: {message}")]
     Device { device: String, message: String },
 
+    /// The device has no memory left for a computation; for a batch of several rows the engine tries fewer.
+    #[error("out of memory ({message}); lower --max-batch-tokens or --kv-cache-memory, or use a device with more")]
+    OutOfMemory { message: String },
+
     /// The output path holds something that must not be touched, or cannot be made.
     #[error("{path}: {message}")]
     CannotCreate { path: PathBuf, message: String },
@@ -156,7 +160,7 @@ impl Error {
             | Error::TooManyRowErrors { .. }
             | Error::RowFailed { .. } => ExitCode::InputData,
             Error::NoInput { .. } => ExitCode::NoInput,
-            Error::Device { .. } => ExitCode::Unavailable,
+            Error::Device { .. } | Error::OutOfMemory { .. } => ExitCode::Unavailable,
             Error::Query { code, .. } => *code,
             Error::Internal(_) => ExitCode::Internal,
             Error::CannotCreate { .. } => ExitCode::CannotCreate,
@@ -205,10 +209,19 @@ impl Error {
 }
 
 impl From<candle_core::Error> for Error {
-    /// Shapes and dtypes are checked where weights are loaded, so a failing tensor operation is a bug.
+    /// Shapes and dtypes are checked where weights are loaded, so a failing tensor operation is a full device or a bug.
     fn from(error: candle_core::Error) -> Self {
-        Error::Internal(one_line(error))
+        let message = one_line(error);
+        if is_out_of_memory(&message) { Error::OutOfMemory { message } } else { Error::Internal(message) }
     }
+}
+
+/// Whether a device library's message says that an allocation failed.
+///
+/// candle passes the errors of CUDA on as `DriverError(CUDA_ERROR_OUT_OF_MEMORY, "out of memory")`, and those of cuBLAS, which
+/// has a workspace of its own, by the name of their status. Allocations of the CPU's memory are not seen here: they end the process.
+fn is_out_of_memory(message: &str) -> bool {
+    ["OUT_OF_MEMORY", "out of memory", "STATUS_ALLOC_FAILED"].iter().any(|says| message.contains(says))
 }
 
 impl From<arrow::error::ArrowError> for Error {

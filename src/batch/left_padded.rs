@@ -102,6 +102,18 @@ impl LeftPaddedBatch {
         &self.input_ids[end - self.seq_lens[b]..end]
     }
 
+    /// The same rows in two batches of half as many, or `None` for a single row.
+    pub fn halves(&self) -> Option<[Self; 2]> {
+        let middle = self.num_rows() / 2;
+        let part = |rows: std::ops::Range<usize>| Self {
+            input_ids: self.input_ids[rows.start * self.width..rows.end * self.width].to_vec(),
+            seq_lens: self.seq_lens[rows.clone()].to_vec(),
+            rows: self.rows[rows].to_vec(),
+            width: self.width,
+        };
+        (middle > 0).then(|| [part(0..middle), part(middle..self.num_rows())])
+    }
+
     /// Drops the padding: the door through which a batch goes to the model.
     pub fn unpad(&self) -> PackedBatch {
         let real_tokens = self.real_tokens();

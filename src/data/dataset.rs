@@ -96,6 +96,14 @@ pub struct Dataset {
 }
 
 impl Dataset {
+    /// Decodes batches of fewer rows than [`InputFile::read_rows`] has, in proportion, where `bytes` are less than usual.
+    pub fn limit_reads(&mut self, bytes: usize) {
+        let share = (bytes as u64).min(READ_BYTES);
+        for file in &mut self.files {
+            file.read_rows = (file.read_rows as u64 * share / READ_BYTES).max(1) as usize;
+        }
+    }
+
     /// Finds the files and reads every file's schema and number of rows: the footers of Parquet and
     /// Arrow files, the headers of Arrow streams, all of CSV and JSONL files.
     ///

@@ -15,6 +15,9 @@ use crate::text::TokenDetail;
 /// the next is sent.
 pub const BATCHES_PER_DEVICE: usize = 2;
 
+/// What the head gives for a row, or a message for its `error` column.
+pub(super) type RowOutput = Result<HeadOutput, String>;
+
 /// A model and the head that reads it, on one device.
 pub(super) struct Replica {
     pub model: Arc<MistralModel>,
@@ -28,9 +31,24 @@ pub(super) struct Replicas {
 }
 
 impl Replica {
-    fn forward(&self, batch: &LeftPaddedBatch, details: &[TokenDetail]) -> Result<Vec<HeadOutput>> {
-        let details: Vec<&TokenDetail> = batch.rows().iter().map(|&sequence| &details[sequence]).collect();
-        self.head.forward(&self.model, &batch.unpad(), &details)
+    /// The head's output for each row of a batch. Where the device has no memory for it, its halves are computed one after the
+    /// other, down to single rows, whose error is then a message for the row.
+    fn forward(&self, batch: &LeftPaddedBatch, details: &[TokenDetail]) -> Result<Vec<RowOutput>> {
+        let of_rows: Vec<&TokenDetail> = batch.rows().iter().map(|&sequence| &details[sequence]).collect();
+        let message = match self.head.forward(&self.model, &batch.unpad(), &of_rows) {
+            Ok(outputs) => return Ok(outputs.into_iter().map(Ok).collect()),
+            Err(Error::OutOfMemory { message }) => message,
+            Err(error) => return Err(error),
+        };
+        let Some(halves) = batch.halves() else {
+            return Ok(vec![Err(format!("out of memory for this text alone, of {} tokens: {message}", batch.width()))]);
+        };
+        tracing::debug!("out of memory for {} rows of {} tokens: half of them next", batch.num_rows(), batch.width());
+        let mut outputs = Vec::with_capacity(batch.num_rows());
+        for half in halves {
+            outputs.extend(self.forward(&half, details)?);
+        }
+        Ok(outputs)
     }
 }
 
@@ -60,7 +78,7 @@ impl Replicas {
         &self,
         batches: Vec<LeftPaddedBatch>,
         details: &[TokenDetail],
-        mut take: impl FnMut(LeftPaddedBatch, Vec<HeadOutput>) -> bool,
+        mut take: impl FnMut(LeftPaddedBatch, Vec<RowOutput>) -> bool,
     ) -> Result<(Duration, bool)> {
         if self.others.is_empty() && !self.first.model.device().is_cuda() {
             let mut busy = Duration::ZERO;

@@ -77,6 +77,17 @@ impl Live {
         }
     }
 
+    /// What is still to come of its request, to begin anew: itself, and with a prompt that was not computed all its samples.
+    pub fn request_again(&self) -> Request {
+        let samples = if self.is_new() { self.request.samples.clone() } else { self.sample..self.sample + 1 };
+        Request { samples, ..Request::clone(&self.request) }
+    }
+
+    /// The same completion from its beginning.
+    pub fn again(&self) -> Self {
+        Self::new(Arc::clone(&self.request), self.sample)
+    }
+
     /// The tokens that the model has not computed yet: the prompt, or the last token of the completion.
     pub fn new_tokens(&self) -> &[u32] {
         match self.completion.last() {
@@ -138,6 +149,11 @@ impl Live {
             }
             end => Ok(end),
         }
+    }
+
+    /// The completion of a row that cannot be computed.
+    pub fn fail(self, message: String) -> Completion {
+        Completion { row: self.request.row, sample: self.sample, result: Err(message) }
     }
 
     /// The completion, if it has ended.

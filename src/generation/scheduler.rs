@@ -11,7 +11,7 @@ use super::live::{Completion, Live, Request};
 use super::sampler::Sampled;
 use super::stop::Decode;
 use crate::batch::PackedBatch;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A model that can go on with sequences token by token.
 pub trait StepModel: Sync {
@@ -268,9 +268,20 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
 
     /// Computes one more token of every sequence, new ones included, and returns the completions that it ended.
     ///
+    /// Where the device has no memory for that, all begin anew, fewer at a time.
+    ///
     /// # Errors
     /// When the model fails; the scheduler is then of no use.
     pub fn step(&mut self) -> Result<Vec<Completion>> {
+        match self.try_step() {
+            Err(Error::OutOfMemory { message }) if !self.live.is_empty() || !self.trunks.is_empty() => {
+                Ok(self.begin_anew(&message))
+            }
+            result => result,
+        }
+    }
+
+    fn try_step(&mut self) -> Result<Vec<Completion>> {
         if self.run.is_none() {
             self.admit()?;
             self.begin_run()?;
@@ -352,6 +363,31 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
         let completions = self.take_ended();
         self.run = run.filter(|_| !ends && !self.live.is_empty());
         Ok(completions)
+    }
+
+    /// After a step that the device had no memory for, which leaves its caches of no use: what was live begins anew with half as
+    /// many rows at a time from now on. A completion is a function of its request, so it comes out the same. One that was
+    /// alone fails.
+    fn begin_anew(&mut self, message: &str) -> Vec<Completion> {
+        self.run = None;
+        let live = std::mem::take(&mut self.live);
+        let trunks = std::mem::take(&mut self.trunks);
+        self.kv_cache_bytes = 0;
+        if let ([slot], []) = (&live[..], &trunks[..]) {
+            let request = slot.live.request_again();
+            let message = format!("out of memory for this completion alone: {message}");
+            let failed = |sample| Completion { row: request.row, sample, result: Err(message.clone()) };
+            return request.samples.clone().map(failed).collect();
+        }
+        self.limits.max_rows = (live.len() / 2).max(1);
+        tracing::debug!("out of memory for {} completions: {} at a time from now on", live.len(), self.limits.max_rows);
+        for slot in live {
+            self.enqueue(slot.live.request_again());
+        }
+        for trunk in trunks {
+            self.enqueue(Request { samples: trunk.samples, ..Request::clone(&trunk.request) });
+        }
+        Vec::new()
     }
 
     /// Keeps the cache and the logits of prompts that were computed just now and have further samples.
@@ -469,7 +505,13 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
         self.stats.peak_kv_cache_bytes = self.stats.peak_kv_cache_bytes.max(self.kv_cache_bytes);
         for (key, cache_bytes) in begun {
             let Some(request) = queue.requests.remove(&key) else { continue };
-            let cache = self.model.new_cache(request.max_len())?;
+            let cache = match self.model.new_cache(request.max_len()) {
+                Ok(cache) => cache,
+                Err(error) => {
+                    queue.requests.insert(key, request);
+                    return Err(error);
+                }
+            };
             let live = Live::new(Arc::new(request.clone()), request.samples.start);
             self.live.push(Slot { live, cache, cache_bytes, past: 0 });
         }
@@ -806,5 +848,64 @@ mod tests {
         }
         assert_eq!(completions.len(), 2);
         assert!(completions.iter().all(|completion| completion.result.is_err() == (completion.row == 0)));
+    }
+
+    #[test]
+    fn a_full_device_begins_anew_with_fewer_and_then_fails_the_row_alone() {
+        /// Memory for so many tokens in all caches.
+        struct Scarce(Fake, usize);
+        impl StepModel for Scarce {
+            type Cache = FakeCache;
+            fn vocab_size(&self) -> usize {
+                VOCAB
+            }
+            fn cache_bytes(&self, max_len: usize) -> usize {
+                self.0.cache_bytes(max_len)
+            }
+            fn new_cache(&self, max_len: usize) -> Result<FakeCache> {
+                self.0.new_cache(max_len)
+            }
+            fn fork_cache(&self, cache: &FakeCache) -> Result<FakeCache> {
+                self.0.fork_cache(cache)
+            }
+            fn step(&self, batch: &PackedBatch, caches: &mut [&mut FakeCache]) -> Result<Vec<f32>> {
+                if caches.iter().map(|cache| cache.tokens.len()).sum::<usize>() + batch.num_tokens() > self.1 {
+                    // Half done, as a real one would leave them.
+                    caches.iter_mut().for_each(|cache| cache.tokens.clear());
+                    return Err(Error::OutOfMemory { message: "CUDA_ERROR_OUT_OF_MEMORY".into() });
+                }
+                self.0.step(batch, caches)
+            }
+        }
+        let limits = SchedulerLimits { kv_cache_bytes: 1_000_000, max_rows: 16, prefill_tokens: 1000 };
+        for samples in [1, 3] {
+            let model = Scarce(fake(), 60);
+            let mut scheduler = Scheduler::new(&model, &Letters, limits);
+            let mut requests: Vec<_> = (0..12).map(|row| request(row, 3 + row, 10 + row, vec![])).collect();
+            requests.push(request(12, 50, 20, vec![]));
+            requests.push(request(13, 61, 1, vec![]));
+            for request in &mut requests {
+                request.samples = 0..samples;
+                scheduler.push(request.clone()).unwrap();
+            }
+            let mut ended = vec![Vec::new(); requests.len()];
+            while !scheduler.is_idle() {
+                for completion in scheduler.step().unwrap() {
+                    ended[completion.row].push(completion.sample);
+                    match completion.result {
+                        Ok(generated) => {
+                            assert_eq!(generated.token_ids, expected(&requests[completion.row]).0);
+                            assert!(completion.row < 12);
+                        }
+                        Err(message) => assert!(completion.row >= 12 && message.contains("out of memory"), "{message}"),
+                    }
+                }
+            }
+            for samples_of_row in &mut ended {
+                samples_of_row.sort_unstable();
+                assert_eq!(*samples_of_row, (0..samples).collect::<Vec<_>>());
+            }
+            assert_eq!(scheduler.kv_cache_bytes, 0);
+        }
     }
 }

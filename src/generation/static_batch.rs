@@ -13,7 +13,7 @@ use super::live::{Completion, Live, Request};
 use super::stop::Decode;
 use super::{CausalLm, SchedulerLimits, StepModel, StepStats};
 use crate::batch::{LeftPaddedBatch, Padding, Sequence};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::reference::PaddedCache;
 
 /// Completes prompts rectangle by rectangle, those of the longest first.
@@ -109,7 +109,10 @@ impl<'a, D: Decode + Sync> StaticBatches<'a, D> {
         for (len, sequence) in running.seq_lens.iter_mut().zip(&sequences) {
             *len += sequence.input_ids.len();
         }
-        let mut logits = self.model.padded_step(&batch, &running.seq_lens, &mut running.cache)?;
+        let mut logits = match self.model.padded_step(&batch, &running.seq_lens, &mut running.cache) {
+            Err(Error::OutOfMemory { message }) => return Ok(self.begin_anew(running, &message)),
+            result => result?,
+        };
         let live = running.rows.iter().flatten();
         let real: usize = live.clone().map(|live| live.new_tokens().len()).sum();
         self.padding += Padding { real_tokens: real as u64, padded_tokens: batch.padded_tokens() as u64 };
@@ -129,6 +132,22 @@ impl<'a, D: Decode + Sync> StaticBatches<'a, D> {
             running.rows.iter_mut().filter_map(|live| live.take_if(|live| live.has_ended())).collect();
         self.running = running.rows.iter().any(Option::is_some).then_some(running);
         Ok(ended.into_iter().filter_map(|live| live.finish(decoder)).collect())
+    }
+
+    /// As the scheduler's: what was live begins anew, half as many rows at a time; one that was alone fails.
+    fn begin_anew(&mut self, running: Rectangle, message: &str) -> Vec<Completion> {
+        let alone = running.rows.len() == 1;
+        self.limits.max_rows = (running.rows.len() / 2).max(1);
+        let mut failed = Vec::new();
+        for live in running.rows.into_iter().flatten() {
+            if alone {
+                failed.push(live.fail(format!("out of memory for this completion alone: {message}")));
+            } else {
+                self.queue.insert((Reverse(live.request.max_len()), self.arrivals), live.again());
+                self.arrivals += 1;
+            }
+        }
+        failed
     }
 
     /// The next rectangle: as many rows of about one length as the limits allow.

@@ -101,6 +101,9 @@ pub struct MemoryEstimate {
     pub weights_bytes: u64,
     pub activations_bytes: u64,
     pub kv_cache_bytes: u64,
+    /// What `--memory-limit` made of the settings.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit: Option<String>,
 }
 
 /// How long the model would compute.
@@ -119,7 +122,8 @@ pub struct TimeEstimate {
 /// # Errors
 /// What the run would refuse before it loads the model.
 pub fn check(spec: &JobSpec) -> Result<CheckReport> {
-    let PlannedJob { checkpoint, tokenizer, plan, target, max_length, devices } = PlannedJob::new(spec)?;
+    let PlannedJob { spec, checkpoint, tokenizer, plan, target, max_length, devices } = PlannedJob::new(spec)?;
+    let spec = &spec;
     let finished = Sink::look(&target, &plan.output_schema, &plan.file, spec.on_existing)?.is_some();
     let batch_tokens = spec.batch_tokens(&devices);
     let sample = sample(batch_tokens, &plan, &checkpoint.config, &tokenizer)?;
@@ -238,7 +242,7 @@ fn attention_flops(config: &MistralConfig, tokens: usize) -> f64 {
 
 fn memory(spec: &JobSpec, checkpoint: &Checkpoint, devices: &Devices, longest: u64) -> Result<MemoryEstimate> {
     let tokens = spec.batch_tokens(devices).max(longest as usize);
-    let value_bytes = checkpoint.compute_dtype(devices.first())?.size_in_bytes() as u64;
+    let value_bytes = checkpoint.hidden_dtype(devices.first())?.size_in_bytes() as u64;
     let kv_cache_bytes = match &spec.command {
         CommandSpec::Generate(options) => options.kv_cache_bytes.unwrap_or(CPU_KV_CACHE_BYTES),
         _ => 0,
@@ -247,6 +251,7 @@ fn memory(spec: &JobSpec, checkpoint: &Checkpoint, devices: &Devices, longest: u
         weights_bytes: value_bytes * checkpoint.weights.num_parameters(),
         activations_bytes: checkpoint.config.activation_bytes(tokens) as u64 * value_bytes / 4,
         kv_cache_bytes,
+        limit: super::memory::describe(spec),
     })
 }
 
@@ -348,6 +353,7 @@ impl CheckReport {
             mib(memory.weights_bytes),
             mib(memory.activations_bytes)
         ));
+        lines.extend(memory.limit.clone());
         let seconds = self.time.seconds_at_least;
         let seconds = seconds.map_or(String::new(), |seconds| format!("at least {} s, ", two_digits(seconds)));
         lines.push(format!("time: about {} tokens, {seconds}{}", self.time.tokens, self.time.basis));

@@ -24,8 +24,6 @@ use crate::text::{Overflow, TextTokenizer};
 
 /// Rows of a packing window: enough for batches of equal length, few enough to hold.
 const WINDOW_ROWS: usize = 4096;
-/// Text in a packing window, in bytes: bounds memory where rows are long.
-const WINDOW_BYTES: usize = 64 << 20;
 
 /// A job that was checked against its data and its checkpoint.
 pub struct JobPlan {
@@ -46,6 +44,7 @@ pub struct JobPlan {
     pub footer: BTreeMap<String, String>,
     /// Columns to read: kept ones, those of the prompts, and what filter and truth need.
     projection: Vec<String>,
+    window_bytes: usize,
 }
 
 impl JobPlan {
@@ -60,11 +59,13 @@ impl JobPlan {
         max_length: usize,
         devices: &Devices,
     ) -> Result<Self> {
-        let dataset = Arc::new(Dataset::open(&DatasetOptions {
+        let mut dataset = Dataset::open(&DatasetOptions {
             inputs: spec.inputs.clone(),
             format: spec.input_format,
             text_columns: spec.text_columns().into_iter().map(str::to_owned).collect(),
-        })?);
+        })?;
+        dataset.limit_reads(spec.window_bytes);
+        let dataset = Arc::new(dataset);
         let first_path = dataset.files.first().map(|file| file.path.clone()).unwrap_or_default();
         let prompts = PromptSource::new(spec, &dataset, tokenizer)?;
         let row_params = spec.command.row_params(checkpoint, tokenizer, &dataset)?;
@@ -86,7 +87,7 @@ impl JobPlan {
         let filter = filter.map(|filter| filter.for_schema(&project(&dataset.schema, &projection))).transpose()?;
 
         let limit = match (&filter, spec.limit) {
-            (Some(filter), Some(limit)) => Some(rows_until(&dataset, filter, limit)?),
+            (Some(filter), Some(limit)) => Some(rows_until(&dataset, filter, limit, spec.window_bytes)?),
             (_, limit) => limit,
         };
         let file_rows: Vec<u64> = dataset.files.iter().map(|file| file.rows).collect();
@@ -116,7 +117,9 @@ impl JobPlan {
             // Another device sums in another order; which of its kind it is changes as little as another CPU.
             settings["device"] = devices.kind().into();
         }
-        let notes = json!({ "model": checkpoint.name, "max_batch_tokens": spec.batch_tokens(devices) });
+        let batch_tokens = spec.batch_tokens(devices);
+        let notes =
+            json!({ "model": checkpoint.name, "max_batch_tokens": batch_tokens, "window_bytes": spec.window_bytes });
         let stamps: Vec<_> = dataset.files.iter().map(|file| file.stamp()).collect();
         let file = PlanFile::new(settings, notes, to_json(&stamps)?, unit_rows, units.len() as u64, planned_rows);
         let window = checkpoint.config.sliding_window.map_or("none".to_owned(), |window| window.to_string());
@@ -130,7 +133,21 @@ impl JobPlan {
             ("sliding_window".to_owned(), window),
             ("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
         ]);
-        Ok(Self { dataset, units, output_schema, kept, filter, truth, prompts, row_params, file, footer, projection })
+        let window_bytes = spec.window_bytes;
+        Ok(Self {
+            dataset,
+            units,
+            output_schema,
+            kept,
+            filter,
+            truth,
+            prompts,
+            row_params,
+            file,
+            footer,
+            projection,
+            window_bytes,
+        })
     }
 
     /// What was planned, in words.
@@ -164,7 +181,7 @@ impl JobPlan {
         let options = WindowOptions {
             projection: Some(self.projection.clone()),
             window_rows: WINDOW_ROWS,
-            window_bytes: WINDOW_BYTES,
+            window_bytes: self.window_bytes,
         };
         WindowReader::new(self.dataset.clone(), units, options)
     }
@@ -209,12 +226,12 @@ fn project(schema: &Schema, projection: &[String]) -> Schema {
 /// How many rows of the dataset must be read until `limit` of them passed the filter.
 ///
 /// Read at plan time, so that the plan holds only units that the job needs.
-fn rows_until(dataset: &Arc<Dataset>, filter: &RowFilter, limit: u64) -> Result<u64> {
+fn rows_until(dataset: &Arc<Dataset>, filter: &RowFilter, limit: u64, window_bytes: usize) -> Result<u64> {
     let columns = filter.columns();
     // The filter was planned for more columns; plan it again for its own.
     let filter = filter.for_schema(&project(&dataset.schema, &columns))?;
     let file_rows: Vec<u64> = dataset.files.iter().map(|file| file.rows).collect();
-    let options = WindowOptions { projection: Some(columns), window_rows: WINDOW_ROWS, window_bytes: WINDOW_BYTES };
+    let options = WindowOptions { projection: Some(columns), window_rows: WINDOW_ROWS, window_bytes };
     let units = cut_units(&file_rows, unit_rows(dataset.total_rows(), None), None);
     let (mut read, mut passed) = (0, 0);
     for window in WindowReader::new(dataset.clone(), units, options)? {

@@ -10,6 +10,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::control::{Counters, RunControl};
 use super::devices::Devices;
+use super::memory;
 use super::models::ModelCache;
 use super::pipeline::{self, PipelineTotals};
 use super::plan::JobPlan;
@@ -47,7 +48,8 @@ pub async fn run_sharing(spec: JobSpec, control: Arc<RunControl>, models: Arc<Mo
         }))
         .await?
     };
-    let PlannedJob { checkpoint, tokenizer, plan, target, devices, .. } = job;
+    let PlannedJob { spec, checkpoint, tokenizer, plan, target, devices, .. } = job;
+    let spec = Arc::new(spec);
     let hashes = Some(Hashes::new(&plan));
     let nothing_to_do = |finished: SuccessFile| RunReport {
         started_at: started_at.clone(),
@@ -64,6 +66,9 @@ pub async fn run_sharing(spec: JobSpec, control: Arc<RunControl>, models: Arc<Mo
     }
     for line in plan.describe(&checkpoint, &spec, &devices) {
         control.notice(line);
+    }
+    if let Some(line) = memory::describe(&spec) {
+        tracing::info!("{line}");
     }
     control.check()?;
     // Loaded before the output is touched, so that a checkpoint with bad weights leaves no trace there.
@@ -158,6 +163,8 @@ pub fn identify(spec: &JobSpec) -> Result<JobIdentity> {
 
 /// A job that was checked and planned, before a weight is read or the output is touched.
 pub(super) struct PlannedJob {
+    /// The job, cut to its memory limit.
+    pub spec: JobSpec,
     pub checkpoint: Checkpoint,
     pub tokenizer: TextTokenizer,
     pub plan: Arc<JobPlan>,
@@ -177,11 +184,13 @@ impl PlannedJob {
         let devices = spec.device.open()?;
         let checkpoint = Checkpoint::open(&spec.model)?.with_dtype(spec.dtype);
         checkpoint.compute_dtype(devices.first())?;
+        let spec = memory::fitted(spec, &checkpoint, &devices)?;
         let tokenizer = TextTokenizer::open(&checkpoint.dir, checkpoint.config.vocab_size)?;
-        let max_length = max_length(spec, &checkpoint, &tokenizer)?;
-        let tokenizer = spec.command.tokenizer(spec, &checkpoint, tokenizer, max_length)?;
-        let plan = Arc::new(JobPlan::new(spec, &checkpoint, &tokenizer, max_length, &devices)?);
-        Ok(Self { checkpoint, tokenizer, plan, target: OutputTarget::new(&spec.output), max_length, devices })
+        let max_length = max_length(&spec, &checkpoint, &tokenizer)?;
+        let tokenizer = spec.command.tokenizer(&spec, &checkpoint, tokenizer, max_length)?;
+        let plan = Arc::new(JobPlan::new(&spec, &checkpoint, &tokenizer, max_length, &devices)?);
+        let target = OutputTarget::new(&spec.output);
+        Ok(Self { spec, checkpoint, tokenizer, plan, target, max_length, devices })
     }
 }
 

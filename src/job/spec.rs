@@ -9,6 +9,9 @@ use crate::data::sink::OnExisting;
 use crate::model::ComputeDtype;
 use crate::text::Overflow;
 
+/// Text in a packing window, in bytes: bounds memory where rows are long.
+pub const DEFAULT_WINDOW_BYTES: usize = 64 << 20;
+
 /// One job: a command over a dataset with a checkpoint.
 #[derive(Debug, Clone)]
 pub struct JobSpec {
@@ -45,6 +48,10 @@ pub struct JobSpec {
     pub dtype: ComputeDtype,
     /// Padded tokens of a batch; what suits the device when `None`.
     pub max_batch_tokens: Option<usize>,
+    /// Text in a packing window, in bytes.
+    pub window_bytes: usize,
+    /// Memory of the machine that batches, windows and caches are cut to fit, in bytes.
+    pub memory_limit: Option<u64>,
     /// Rows of a unit.
     pub unit_rows: Option<u64>,
     /// Rows that are computed once more at the end, each alone, to see that their company changed nothing.

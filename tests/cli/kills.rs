@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use arrow::array::RecordBatch;
@@ -170,4 +170,69 @@ fn two_runs_on_one_output_give_one_result() {
     assert!(codes.contains(&Some(0)), "{codes:?}");
     assert!(codes.iter().all(|code| matches!(code, Some(0 | 73 | 75))), "{codes:?}");
     assert!(read_parquet(&output) == job.whole);
+}
+
+fn signal(child: &Child, name: &str) {
+    assert!(Command::new("kill").args([name, &child.id().to_string()]).status().unwrap().success());
+}
+
+/// Starts the job and waits until it is at work: its second part is there.
+fn at_work(job: &Job, name: &str) -> Child {
+    let args = job.command(&job.scratch.arg(name), &[]);
+    let child = program(&args.iter().map(String::as_str).collect::<Vec<_>>()).stderr(Stdio::piped()).spawn().unwrap();
+    let started = Instant::now();
+    while !job.scratch.path(name).join("part-000001.parquet").exists() {
+        assert!(started.elapsed() < Duration::from_secs(60), "the job does not get to work");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child
+}
+
+#[test]
+fn signals_leave_whole_parts_and_nothing_else() {
+    let job = Job::new();
+    for (name, number, code) in [("-INT", "SIGINT", 130), ("-TERM", "SIGTERM", 143)] {
+        let child = at_work(&job, number);
+        signal(&child, name);
+        let ended = child.wait_with_output().unwrap();
+        let message = String::from_utf8(ended.stderr).unwrap();
+        assert_eq!(ended.status.code(), Some(code), "{message}");
+        assert!(message.contains(&format!("stopped by {number}")) && message.contains("--resume"), "{message}");
+        let output = job.scratch.path(number);
+        let files: Vec<String> = std::fs::read_dir(&output)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter(|file| file != "_plan.json")
+            .collect();
+        assert!(files.iter().all(|file| file.starts_with("part-")), "{files:?}");
+        let before = job.parts(&output);
+        for part in before.keys() {
+            read_parquet(output.join(part));
+        }
+        job.finish(number, &before);
+    }
+}
+
+#[test]
+fn a_second_interrupt_stops_at_once() {
+    // One batch of all rows, which takes seconds: the first signal waits for its end, the second does not.
+    let scratch = Scratch::new();
+    let text = "some words of a long text ".repeat(120);
+    let input = scratch.texts("in.parquet", (0..4000).map(|_| Some(text.as_str())));
+    let (model, output) = (checkpoint("cls-window-sharded"), scratch.arg("out"));
+    let args = ["classify", "-i", &input, "-o", &output, "--model", &model, "--max-batch-tokens", "100M", "-q"];
+    let mut child = program(&args).stderr(Stdio::piped()).spawn().unwrap();
+    while !scratch.path("out/_plan.json").exists() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::sleep(Duration::from_millis(400));
+    signal(&child, "-INT");
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(child.try_wait().unwrap().is_none(), "the batch was too short for this test");
+    let second = Instant::now();
+    signal(&child, "-INT");
+    let status = child.wait().unwrap();
+    assert!(second.elapsed() < Duration::from_secs(1), "it took {:?}", second.elapsed());
+    assert_eq!(status.code(), Some(130));
+    assert!(!scratch.path("out/_SUCCESS.json").exists() && !scratch.path("out/part-000000.parquet").exists());
 }

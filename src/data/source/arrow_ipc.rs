@@ -1,7 +1,7 @@
 //! Arrow IPC files and streams. Record batches are decoded whole, as their writer cut them.
 //!
-//! A survey reads message headers only. It checks every length that a header claims against the size
-//! of the file, since the decoder allocates what it is told to.
+//! A survey reads message headers only, and of compressed buffers the sizes that they claim. It checks every length against
+//! the size of the file, since the decoder allocates what it is told to.
 
 use std::fs::File;
 use std::io::{BufReader, Cursor, Read, Seek, SeekFrom};
@@ -13,9 +13,9 @@ use arrow::datatypes::Schema;
 use arrow::error::ArrowError;
 use arrow::ipc::convert::fb_to_schema;
 use arrow::ipc::reader::{FileReader, StreamReader, read_footer_length};
-use arrow::ipc::{MessageHeader, root_as_footer, root_as_message};
+use arrow::ipc::{Block, Message, MessageHeader, RecordBatch, root_as_footer, root_as_message};
 
-use super::decode::{Batches, Columns, Layout, Survey, guarded};
+use super::decode::{Batches, Columns, Layout, Survey, check_expansion, guarded};
 use crate::error::{Error, Result};
 
 /// The first bytes of the file format; a stream has none.
@@ -23,6 +23,8 @@ const FILE_MAGIC: &[u8; 6] = b"ARROW1";
 /// The magic at the end, after the four bytes of the footer's length.
 const TRAILER_BYTES: u64 = 10;
 const CONTINUATION: [u8; 4] = [0xff; 4];
+/// The unpacked size before each compressed buffer; -1 for one that is stored as it is.
+const SIZE_PREFIX_BYTES: u64 = 8;
 
 /// Reads the footer or, in a stream, the headers of all messages.
 ///
@@ -115,6 +117,8 @@ fn survey_file(file: &mut File, size: u64) -> Result<(Schema, u64, Layout), Arro
         if !fits(block.offset(), block.metaDataLength(), block.bodyLength()) {
             return Err(broken("a dictionary lies outside the file"));
         }
+        let metadata = block_metadata(file, block)?;
+        check_buffers(file, message_of(&metadata)?, body_of(block))?;
     }
     let mut rows = 0u64;
     let mut batch_starts = Vec::new();
@@ -122,19 +126,58 @@ fn survey_file(file: &mut File, size: u64) -> Result<(Schema, u64, Layout), Arro
         if !fits(block.offset(), block.metaDataLength(), block.bodyLength()) {
             return Err(broken("a record batch lies outside the file"));
         }
-        file.seek(SeekFrom::Start(block.offset() as u64))?;
-        let mut metadata = vec![0; block.metaDataLength() as usize];
-        file.read_exact(&mut metadata)?;
-        let prefix = if metadata.starts_with(&CONTINUATION) { 8 } else { 4 };
+        let metadata = block_metadata(file, block)?;
+        let message = message_of(&metadata)?;
         batch_starts.push(rows);
-        rows = batch_rows(metadata.get(prefix..).unwrap_or_default(), rows)?;
+        rows = batch_rows(message, rows)?;
+        check_buffers(file, message, body_of(block))?;
     }
     Ok((schema, rows, Layout::ArrowFile { batch_starts }))
 }
 
+/// The message of a block that lies inside the file.
+fn block_metadata(file: &mut File, block: &Block) -> Result<Vec<u8>, ArrowError> {
+    file.seek(SeekFrom::Start(block.offset() as u64))?;
+    let mut metadata = vec![0; block.metaDataLength() as usize];
+    file.read_exact(&mut metadata)?;
+    let prefix = if metadata.starts_with(&CONTINUATION) { 8 } else { 4 };
+    metadata.drain(..prefix.min(metadata.len()));
+    Ok(metadata)
+}
+
+fn body_of(block: &Block) -> Range<u64> {
+    let start = block.offset() as u64 + block.metaDataLength() as u64;
+    start..start + block.bodyLength() as u64
+}
+
+fn message_of(metadata: &[u8]) -> Result<Message<'_>, ArrowError> {
+    root_as_message(metadata).map_err(|error| broken(&format!("a message is damaged ({error})")))
+}
+
+/// Refuses a message whose compressed buffers claim more than they can unpack to.
+fn check_buffers(file: &mut (impl Read + Seek), message: Message<'_>, body: Range<u64>) -> Result<(), ArrowError> {
+    let dictionary = message.header_as_dictionary_batch().and_then(|dictionary| dictionary.data());
+    let batch: Option<RecordBatch<'_>> = message.header_as_record_batch().or(dictionary);
+    let Some(batch) = batch.filter(|batch| batch.compression().is_some()) else { return Ok(()) };
+    for buffer in batch.buffers().into_iter().flatten() {
+        let length = u64::try_from(buffer.length()).unwrap_or(u64::MAX);
+        let start = u64::try_from(buffer.offset()).ok().and_then(|offset| body.start.checked_add(offset));
+        let Some(start) = start.filter(|start| start.checked_add(length).is_some_and(|end| end <= body.end)) else {
+            return Err(broken("a buffer lies outside its record batch"));
+        };
+        if length > SIZE_PREFIX_BYTES {
+            let mut prefix = [0; SIZE_PREFIX_BYTES as usize];
+            file.seek(SeekFrom::Start(start))?;
+            file.read_exact(&mut prefix)?;
+            let unpacked = u64::try_from(i64::from_le_bytes(prefix)).unwrap_or(0);
+            check_expansion("a buffer", length, unpacked).map_err(|message| broken(&message))?;
+        }
+    }
+    Ok(())
+}
+
 /// `rows` and those of the record batch that this message announces.
-fn batch_rows(metadata: &[u8], rows: u64) -> Result<u64, ArrowError> {
-    let message = root_as_message(metadata).map_err(|error| broken(&format!("a message is damaged ({error})")))?;
+fn batch_rows(message: Message<'_>, rows: u64) -> Result<u64, ArrowError> {
     let batch = message.header_as_record_batch().ok_or_else(|| broken("a message is not a record batch"))?;
     let length = u64::try_from(batch.length()).map_err(|_| broken("a record batch of a negative length"))?;
     rows.checked_add(length).ok_or_else(|| broken("more rows than can be counted"))
@@ -154,10 +197,11 @@ fn survey_stream(file: File, size: u64) -> Result<(Schema, u64, Layout), ArrowEr
         })?;
         let end = u64::try_from(message.bodyLength()).ok().and_then(|body| metadata.end.checked_add(body));
         let end = end.filter(|&end| end <= size).ok_or_else(|| broken("it ends within a message"))?;
+        check_buffers(&mut file, message, metadata.end..end)?;
         match message.header_type() {
             MessageHeader::RecordBatch => {
                 batches.push((rows, start));
-                rows = batch_rows(&metadata.bytes, rows)?;
+                rows = batch_rows(message, rows)?;
             }
             header => {
                 if header == MessageHeader::Schema {

@@ -152,18 +152,46 @@ pub(crate) fn survey(path: &Path) -> Result<Survey> {
     let mut offsets = Vec::new();
     let mut rows = 0u64;
     let mut record = ByteRecord::new();
+    let mut last = (0, 0);
     while reader.read_byte_record(&mut record).map_err(|error| corrupt(path, error))? {
         let (byte, line) = record.position().map_or((0, 0), |position| (position.byte(), position.line()));
         if rows.is_multiple_of(OFFSET_ROWS) {
             offsets.push(byte);
         }
+        last = (byte, line);
         rows += 1;
         for (cell, (_, kinds)) in record.iter().zip(&mut columns) {
             kinds.observe(utf8(path, cell, line)?);
         }
     }
+    if rows > 0 {
+        let (byte, line) = last;
+        let mut file = reader.into_inner();
+        let mut text = Vec::new();
+        file.seek(SeekFrom::Start(byte)).and_then(|_| file.read_to_end(&mut text)).map_err(Error::io("read", path))?;
+        if ends_in_quotes(&text, delimiter(path)) {
+            return Err(corrupt_at(path, format!(", line {line}"), "the file ends within a quoted cell"));
+        }
+    }
     let bytes_per_row = size.checked_div(rows).unwrap_or(0);
     Ok(Survey { rows, bytes_per_row, layout: Layout::Lines { offsets }, columns: Columns::Csv(columns) })
+}
+
+/// Whether the last record is cut off in a quoted cell, which the reader takes for closed.
+fn ends_in_quotes(record: &[u8], delimiter: u8) -> bool {
+    let (mut quoted, mut begins) = (false, true);
+    let mut bytes = record.iter().copied().peekable();
+    while let Some(byte) = bytes.next() {
+        match (quoted, byte) {
+            (true, b'"') if bytes.peek() == Some(&b'"') => drop(bytes.next()),
+            (true, byte) => quoted = byte != b'"',
+            (false, byte) => {
+                quoted = begins && byte == b'"';
+                begins = byte == delimiter || matches!(byte, b'\r' | b'\n');
+            }
+        }
+    }
+    quoted
 }
 
 fn utf8<'a>(path: &Path, cell: &'a [u8], line: u64) -> Result<&'a str> {

@@ -17,6 +17,10 @@ use crate::error::{Error, Result, one_line};
 
 /// Rows between two recorded byte offsets of a text file.
 pub(crate) const OFFSET_ROWS: u64 = 4096;
+/// What a compressed page or buffer may unpack to whatever its size: far above what writers cut by default.
+pub(crate) const MAX_UNPACKED_BYTES: u64 = 256 << 20;
+/// A larger one, such as a single huge value, is believed where it is no better packed than this.
+pub(crate) const MAX_LARGE_RATIO: u64 = 16;
 
 /// The decoded batches of a file, from the row that it was opened at.
 pub(crate) type Batches = Box<dyn Iterator<Item = Result<RecordBatch, ArrowError>> + Send>;
@@ -56,9 +60,20 @@ pub(crate) enum Layout {
 impl Layout {
     /// The part of the file that holds `row`, for error messages.
     pub fn place(&self, row: u64) -> String {
+        self.places(row, 1)
+    }
+
+    /// As [`Layout::place`], for as many `rows` from this one on: a decoder reads across row groups.
+    pub fn places(&self, row: u64, rows: u64) -> String {
         let index = |starts: &[u64]| starts.partition_point(|&start| start <= row).saturating_sub(1);
         match self {
-            Layout::Parquet { group_starts } => format!(", row group {}", index(group_starts)),
+            Layout::Parquet { group_starts } => {
+                let last = group_starts.partition_point(|&start| start < row.saturating_add(rows)).saturating_sub(1);
+                match index(group_starts) {
+                    first if first < last => format!(", row groups {first} to {last}"),
+                    first => format!(", row group {first}"),
+                }
+            }
             Layout::ArrowFile { batch_starts } => format!(", record batch {}", index(batch_starts)),
             Layout::ArrowStream { batches, .. } => {
                 let batch = batches.partition_point(|&(start, _)| start <= row).saturating_sub(1);
@@ -89,6 +104,17 @@ pub(crate) fn guarded<T, E: StdError + 'static>(
         }),
         Err(panic) => Err(corrupt_at(path, place(), panic_message(panic.as_ref()))),
     }
+}
+
+/// Refuses what claims to unpack to more memory than it is worth: a decoder allocates all of it before it looks.
+pub(crate) fn check_expansion(what: &str, packed_bytes: u64, unpacked_bytes: u64) -> Result<(), String> {
+    if unpacked_bytes <= MAX_UNPACKED_BYTES || unpacked_bytes / MAX_LARGE_RATIO <= packed_bytes {
+        return Ok(());
+    }
+    Err(format!(
+        "{what} claims to unpack from {packed_bytes} to {unpacked_bytes} bytes; over {MAX_UNPACKED_BYTES}, at most \
+         {MAX_LARGE_RATIO} times its packed size is believed"
+    ))
 }
 
 /// [`Error::InputCorrupt`] at a place such as ", row group 3".
@@ -136,10 +162,21 @@ mod tests {
     }
 
     #[test]
+    fn large_and_well_packed_is_not_believed() {
+        let limit = MAX_UNPACKED_BYTES;
+        check_expansion("a page", 1, limit).unwrap();
+        check_expansion("a page", limit / 8, limit * 2).unwrap();
+        let refused = check_expansion("a page", 40, i32::MAX as u64).unwrap_err();
+        assert!(refused.starts_with("a page claims to unpack from 40 to 2147483647 bytes"), "{refused}");
+    }
+
+    #[test]
     fn places_are_counted_from_zero() {
         let layout = Layout::Parquet { group_starts: vec![0, 10, 10, 20] };
         assert_eq!(layout.place(9), ", row group 0");
         assert_eq!(layout.place(10), ", row group 2");
         assert_eq!(layout.place(99), ", row group 3");
+        assert_eq!(layout.places(5, 5), ", row group 0");
+        assert_eq!(layout.places(5, 6), ", row groups 0 to 2");
     }
 }

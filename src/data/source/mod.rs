@@ -8,7 +8,9 @@ pub(crate) mod arrow_ipc;
 pub(crate) mod csv;
 pub(crate) mod decode;
 pub(crate) mod jsonl;
+mod pages;
 pub(crate) mod parquet;
+mod thrift;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -268,7 +270,9 @@ impl Stream {
     /// The decoder's next batch, in the dataset's order and types.
     fn decode(&mut self, dataset: &Dataset, wanted: &SchemaRef) -> Result<RecordBatch> {
         let input = &dataset.files[self.file];
-        let place = || input.layout.place(self.next_row);
+        // The rows of the next batch; those that wait here were decoded well.
+        let waiting: usize = self.pending.iter().map(RecordBatch::num_rows).sum();
+        let place = || input.layout.places(self.next_row + waiting as u64, input.read_rows as u64);
         let batches = &mut self.batches;
         let batch = guarded(&input.path, place, || {
             let Some(batch) = batches.next().transpose()? else { return Ok(None) };

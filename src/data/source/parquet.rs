@@ -4,10 +4,11 @@ use std::fs::File;
 use std::path::Path;
 
 use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::errors::ParquetError;
 
 use super::decode::{Batches, Columns, Layout, Survey, guarded};
+use super::pages::{CheckedPages, FirstFailure, fixed_width_bytes, load_metadata};
 use crate::error::{Error, Result};
 
 /// Reads the footer. A schema that arrow wrote there is honoured.
@@ -18,9 +19,10 @@ use crate::error::{Error, Result};
 pub(crate) fn survey(path: &Path) -> Result<Survey> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     guarded(path, String::new, || {
-        let metadata = ArrowReaderMetadata::load(&file, ArrowReaderOptions::new())?;
+        let metadata = load_metadata(&file)?;
         let mut rows = 0u64;
-        let mut bytes_per_row = 0;
+        let widths = metadata.schema().fields().iter().map(|field| fixed_width_bytes(field.data_type()));
+        let mut bytes_per_row = widths.fold(0, u64::saturating_add);
         let mut group_starts = Vec::with_capacity(metadata.metadata().num_row_groups());
         for group in metadata.metadata().row_groups() {
             let group_rows = natural(group.num_rows())?;
@@ -59,7 +61,10 @@ pub(crate) fn open(
 ) -> Result<Batches> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     guarded(path, String::new, || {
-        let builder = ParquetRecordBatchReaderBuilder::try_new(file)?;
+        let metadata = load_metadata(&file)?;
+        let failure = FirstFailure::default();
+        let pages = CheckedPages::new(file, failure.clone());
+        let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(pages, metadata);
         if builder.metadata().num_row_groups() != group_starts.len() {
             return Err(broken("it has other row groups than before"));
         }
@@ -75,6 +80,6 @@ pub(crate) fn open(
             .with_batch_size(batch_rows)
             .with_offset(skip)
             .build()?;
-        Ok(Box::new(reader) as Batches)
+        Ok(Box::new(reader.map(move |batch| batch.map_err(|error| failure.behind(error)))) as Batches)
     })
 }

@@ -326,5 +326,5 @@ fn damaged_pages_name_the_row_group() {
     let reader = WindowReader::new(Arc::clone(&dataset), units(&dataset, 50), all(30)).unwrap();
     let error = reader.collect::<Result<Vec<_>>>().unwrap_err();
     assert_eq!(error.exit_code(), ExitCode::InputData);
-    assert!(error.to_string().contains("row group 0"), "{error}");
+    assert!(error.to_string().contains("row groups 0 to 1"), "{error}");
 }

@@ -9,7 +9,7 @@ use super::values::{Count, count};
 use super::{Job, MessageSettings};
 use crate::data::format::InputFormat;
 use crate::data::sink::OnExisting;
-use crate::job::{CommandSpec, DeviceChoice, JobSpec, PromptSpec};
+use crate::job::{CommandSpec, DEFAULT_WINDOW_BYTES, DeviceChoice, JobSpec, PromptSpec};
 use crate::model::ComputeDtype;
 use crate::text::Overflow;
 
@@ -102,6 +102,11 @@ pub struct CommonSettings {
     #[arg(long, visible_alias = "max-num-batched-tokens", value_name = "TOKENS", value_parser = count, help_heading = "Running")]
     #[schemars(with = "Option<Count>")]
     max_batch_tokens: Option<u64>,
+
+    /// Cut batches, windows and caches so that the run fits into so many bytes; accepts 512M and 2G [default: no limit]
+    #[arg(long, value_name = "BYTES", value_parser = count, help_heading = "Running")]
+    #[schemars(with = "Option<Count>")]
+    memory_limit: Option<u64>,
 
     /// Rows of a unit, which is committed as a whole [default: 4096, more for very large inputs]
     #[schemars(range(min = 1))]
@@ -242,6 +247,8 @@ impl CommonSettings {
                 DtypeArg::Bf16 => ComputeDtype::Bf16,
             },
             max_batch_tokens: self.max_batch_tokens.map(|tokens| tokens as usize),
+            window_bytes: DEFAULT_WINDOW_BYTES,
+            memory_limit: self.memory_limit,
             unit_rows: self.unit_rows,
             audit: self.audit,
             max_errors: if self.on_error == OnErrorArg::Fail { Some(0) } else { self.max_errors },
