@@ -15,7 +15,7 @@ use crate::text::TokenDetail;
 /// the next is sent.
 pub const BATCHES_PER_DEVICE: usize = 2;
 
-/// What the head gave for a row, or why the row has nothing.
+/// What the head gives for a row, or a message for its `error` column.
 pub(super) type RowOutput = Result<HeadOutput, String>;
 
 /// A model and the head that reads it, on one device.
@@ -31,8 +31,8 @@ pub(super) struct Replicas {
 }
 
 impl Replica {
-    /// The head's output for each row of a batch. Where the device has no memory for it, its halves are computed one after
-    /// the other, down to single rows, whose error is then a message for the row.
+    /// The head's output for each row of a batch. Where the device has no memory for it, its halves are computed one after the
+    /// other, down to single rows, whose error is then a message for the row.
     fn forward(&self, batch: &LeftPaddedBatch, details: &[TokenDetail]) -> Result<Vec<RowOutput>> {
         let of_rows: Vec<&TokenDetail> = batch.rows().iter().map(|&sequence| &details[sequence]).collect();
         let message = match self.head.forward(&self.model, &batch.unpad(), &of_rows) {

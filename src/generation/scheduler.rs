@@ -157,12 +157,6 @@ struct Queue {
     arrivals: u64,
 }
 
-/// What a step computed: each sequence's next token, or the logits to choose it from, `[B, vocab]`.
-enum NextTokens {
-    Chosen(Vec<Sampled>),
-    Logits(Vec<f32>),
-}
-
 /// A sequence that has begun, with its cache.
 struct Slot<C> {
     live: Live,
@@ -279,18 +273,21 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
     /// # Errors
     /// When the model fails; the scheduler is then of no use.
     pub fn step(&mut self) -> Result<Vec<Completion>> {
+        match self.try_step() {
+            Err(Error::OutOfMemory { message }) if !self.live.is_empty() || !self.trunks.is_empty() => {
+                Ok(self.begin_anew(&message))
+            }
+            result => result,
+        }
+    }
+
+    fn try_step(&mut self) -> Result<Vec<Completion>> {
         if self.run.is_none() {
             self.admit()?;
-            match self.begin_run() {
-                Err(Error::OutOfMemory { message }) => return Ok(self.begin_anew(&message)),
-                begun => begun?,
-            }
+            self.begin_run()?;
         }
         if self.run.is_some() {
-            return match self.step_of_run() {
-                Err(Error::OutOfMemory { message }) => Ok(self.begin_anew(&message)),
-                result => result,
-            };
+            return self.step_of_run();
         }
         if self.live.is_empty() {
             return Ok(Vec::new());
@@ -299,23 +296,18 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
         let is_greedy = |request: &Request| request.params.is_plain_greedy() && request.samples.len() == 1;
         let greedy = self.live.iter().all(|slot| is_greedy(&slot.live.request));
         let mut caches: Vec<_> = self.live.iter_mut().map(|slot| &mut slot.cache).collect();
-        let chosen = if greedy { self.model.step_greedy(&batch, &mut caches) } else { Ok(None) };
-        let computed = chosen.and_then(|chosen| match chosen {
-            Some(chosen) => Ok(NextTokens::Chosen(chosen)),
-            None => self.model.step(&batch, &mut caches).map(NextTokens::Logits),
-        });
-        match computed {
-            Ok(NextTokens::Chosen(chosen)) => self.take_chosen(chosen),
-            Ok(NextTokens::Logits(mut logits)) => {
+        let decoder = self.decoder;
+        let chosen = if greedy { self.model.step_greedy(&batch, &mut caches)? } else { None };
+        match chosen {
+            Some(chosen) => self.take_chosen(chosen),
+            None => {
+                let mut logits = self.model.step(&batch, &mut caches)?;
                 self.keep_trunks(&logits)?;
-                let decoder = self.decoder;
                 self.live
                     .par_iter_mut()
                     .zip(logits.par_chunks_mut(self.model.vocab_size()))
                     .for_each(|(slot, logits)| slot.live.take_token(logits, decoder));
             }
-            Err(Error::OutOfMemory { message }) => return Ok(self.begin_anew(&message)),
-            Err(error) => return Err(error),
         }
         self.stats.steps += 1;
         self.stats.completion_tokens += self.live.len() as u64;
@@ -513,7 +505,13 @@ impl<'a, M: StepModel, D: Decode + Sync> Scheduler<'a, M, D> {
         self.stats.peak_kv_cache_bytes = self.stats.peak_kv_cache_bytes.max(self.kv_cache_bytes);
         for (key, cache_bytes) in begun {
             let Some(request) = queue.requests.remove(&key) else { continue };
-            let cache = self.model.new_cache(request.max_len())?;
+            let cache = match self.model.new_cache(request.max_len()) {
+                Ok(cache) => cache,
+                Err(error) => {
+                    queue.requests.insert(key, request);
+                    return Err(error);
+                }
+            };
             let live = Live::new(Arc::new(request.clone()), request.samples.start);
             self.live.push(Slot { live, cache, cache_bytes, past: 0 });
         }
@@ -864,8 +862,11 @@ mod tests {
             fn cache_bytes(&self, max_len: usize) -> usize {
                 self.0.cache_bytes(max_len)
             }
-            fn new_cache(&self, max_len: usize) -> FakeCache {
+            fn new_cache(&self, max_len: usize) -> Result<FakeCache> {
                 self.0.new_cache(max_len)
+            }
+            fn fork_cache(&self, cache: &FakeCache) -> Result<FakeCache> {
+                self.0.fork_cache(cache)
             }
             fn step(&self, batch: &PackedBatch, caches: &mut [&mut FakeCache]) -> Result<Vec<f32>> {
                 if caches.iter().map(|cache| cache.tokens.len()).sum::<usize>() + batch.num_tokens() > self.1 {

@@ -242,7 +242,7 @@ fn attention_flops(config: &MistralConfig, tokens: usize) -> f64 {
 
 fn memory(spec: &JobSpec, checkpoint: &Checkpoint, devices: &Devices, longest: u64) -> Result<MemoryEstimate> {
     let tokens = spec.batch_tokens(devices).max(longest as usize);
-    let value_bytes = checkpoint.compute_dtype(devices.first())?.size_in_bytes() as u64;
+    let value_bytes = checkpoint.hidden_dtype(devices.first())?.size_in_bytes() as u64;
     let kv_cache_bytes = match &spec.command {
         CommandSpec::Generate(options) => options.kv_cache_bytes.unwrap_or(CPU_KV_CACHE_BYTES),
         _ => 0,
@@ -251,7 +251,7 @@ fn memory(spec: &JobSpec, checkpoint: &Checkpoint, devices: &Devices, longest: u
         weights_bytes: value_bytes * checkpoint.weights.num_parameters(),
         activations_bytes: checkpoint.config.activation_bytes(tokens) as u64 * value_bytes / 4,
         kv_cache_bytes,
-        limit: super::memory::describe(spec, devices),
+        limit: super::memory::describe(spec),
     })
 }
 

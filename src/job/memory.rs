@@ -6,12 +6,11 @@
 //!
 //! It is an estimate from the checkpoint and the settings, since nobody knows the rows before they are read. What one row needs alone
 //! is not bounded: its text, its tokens up to `--max-length`, the activations of that many tokens. Nor is what writers of the input chose:
-//! pages and dictionaries of Parquet, record batches of Arrow. On a GPU the weights, caches and activations are in its own memory,
-//! and only the rest is cut.
+//! pages and dictionaries of Parquet, record batches of Arrow.
 
 use super::command::CommandSpec;
 use super::devices::Devices;
-use super::generation::CPU_KV_CACHE_BYTES;
+use super::generation::{CPU_KV_CACHE_BYTES, GenerateOptions};
 use super::spec::JobSpec;
 use crate::error::{Error, Result};
 use crate::model::Checkpoint;
@@ -51,7 +50,8 @@ impl WeightBytes {
     }
 }
 
-/// The job with batches, windows and caches that fit into `memory_limit`; as it is where there is none.
+/// The job with batches, windows and caches that fit into `memory_limit`; as it is where there is none. Of what is computed on CUDA
+/// devices, windows alone take memory of the machine.
 ///
 /// # Errors
 /// [`Error::Usage`] where program and weights alone leave no room.
@@ -60,7 +60,7 @@ pub(super) fn fitted(spec: &JobSpec, checkpoint: &Checkpoint, devices: &Devices)
     let Some(limit) = spec.memory_limit else { return Ok(spec) };
     let mut weights = WeightBytes::of(checkpoint, &spec.command);
     if devices.are_cuda() {
-        weights.held = 0;
+        weights.held = 0; // each matrix goes to the device as it is loaded
     }
     let least = PROGRAM_BYTES + weights.held + LEAST_WORKING_BYTES.max(weights.loading);
     if limit < least {
@@ -77,9 +77,9 @@ pub(super) fn fitted(spec: &JobSpec, checkpoint: &Checkpoint, devices: &Devices)
     let mut working = limit - PROGRAM_BYTES - weights.held;
     if !devices.are_cuda() {
         if let CommandSpec::Generate(options) = &mut spec.command {
-            let kv_cache_bytes = options.kv_cache_bytes.unwrap_or(CPU_KV_CACHE_BYTES).min(working / 2);
-            options.kv_cache_bytes = Some(kv_cache_bytes);
-            working -= kv_cache_bytes;
+            let cache = options.kv_cache_bytes.unwrap_or(CPU_KV_CACHE_BYTES).min(working / 2);
+            options.kv_cache_bytes = Some(cache);
+            working -= cache;
         }
         let bytes_per_token = checkpoint.config.activation_bytes(1).max(1) as u64;
         let batch_tokens = (working / 2 / bytes_per_token).max(LEAST_BATCH_TOKENS);
@@ -92,17 +92,17 @@ pub(super) fn fitted(spec: &JobSpec, checkpoint: &Checkpoint, devices: &Devices)
 }
 
 /// What the limit made of a job, for a person; `None` without a limit.
-pub(super) fn describe(spec: &JobSpec, devices: &Devices) -> Option<String> {
+pub(super) fn describe(spec: &JobSpec) -> Option<String> {
     let limit = mib(spec.memory_limit?);
     let cache = match &spec.command {
-        CommandSpec::Generate(options) => options.kv_cache_bytes.map(|bytes| format!(", {} of keys and values", mib(bytes))),
-        _ => None,
+        CommandSpec::Generate(GenerateOptions { kv_cache_bytes: Some(bytes), .. }) => {
+            format!(", {} of keys and values", mib(*bytes))
+        }
+        _ => String::new(),
     };
-    let cache = cache.unwrap_or_default();
-    let (tokens, window) = (spec.batch_tokens(devices), mib(spec.window_bytes as u64));
-    Some(format!(
-        "memory limit {limit}: batches of {tokens} tokens, windows of {window}{cache}; a longer row comes on top"
-    ))
+    let batches = spec.max_batch_tokens.map_or(String::new(), |tokens| format!("batches of {tokens} tokens, "));
+    let window = mib(spec.window_bytes as u64);
+    Some(format!("memory limit {limit}: {batches}windows of {window}{cache}; a longer row comes on top"))
 }
 
 fn mib(bytes: u64) -> String {
@@ -120,15 +120,15 @@ mod tests {
     use crate::job::DeviceChoice;
     use crate::job::settings::JobParser;
 
-    fn cpu() -> Devices {
-        DeviceChoice::Cpu(1).open().unwrap()
-    }
-
     fn job(command: &str, model: &str, limit: &str) -> JobSpec {
         let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/checkpoints").join(model);
         let model = model.to_str().unwrap();
         let args = ["job", command, "-i", "x", "-o", "y", "--model", model, "--memory-limit", limit];
         JobParser::parse_from(args).settings.into_job().unwrap().spec
+    }
+
+    fn cpu() -> Devices {
+        DeviceChoice::Cpu(1).open().unwrap()
     }
 
     fn fit(command: &str, model: &str, limit: &str) -> Result<JobSpec> {
@@ -142,20 +142,19 @@ mod tests {
         let without = JobSpec { memory_limit: None, ..ample.clone() };
         let checkpoint = Checkpoint::open(&ample.model).unwrap();
         let unlimited = fitted(&without, &checkpoint, &cpu()).unwrap();
-        let cuts = |spec: &JobSpec| (spec.batch_tokens(&cpu()), spec.window_bytes);
-        assert_eq!(cuts(&ample), cuts(&unlimited));
+        assert_eq!(ample.batch_tokens(&cpu()), unlimited.batch_tokens(&cpu()));
+        assert_eq!(ample.window_bytes, unlimited.window_bytes);
         let mut before = (usize::MAX, usize::MAX, u64::MAX);
         for limit in ["8G", "1G", "512M", "256M", "160M", "136M"] {
             let spec = fit("generate", "lm-window", limit).unwrap();
             let CommandSpec::Generate(options) = &spec.command else { panic!("another command") };
-            let kv_cache_bytes = options.kv_cache_bytes.unwrap();
-            let now = (spec.batch_tokens(&cpu()), spec.window_bytes, kv_cache_bytes);
+            let now = (spec.max_batch_tokens.unwrap(), spec.window_bytes, options.kv_cache_bytes.unwrap());
             assert!(now.0 <= before.0 && now.1 <= before.1 && now.2 <= before.2, "{limit}");
             let checkpoint = Checkpoint::open(&spec.model).unwrap();
             let total = PROGRAM_BYTES
                 + WeightBytes::of(&checkpoint, &spec.command).held
-                + kv_cache_bytes
-                + checkpoint.config.activation_bytes(spec.batch_tokens(&cpu())) as u64
+                + now.2
+                + checkpoint.config.activation_bytes(now.0) as u64
                 + COPIES_OF_A_WINDOW * spec.window_bytes as u64;
             assert!(total <= spec.memory_limit.unwrap(), "{limit}: {total}");
             before = now;

@@ -118,11 +118,9 @@ impl JobPlan {
             // Another device sums in another order; which of its kind it is changes as little as another CPU.
             settings["device"] = devices.kind().into();
         }
-        let notes = json!({
-            "model": checkpoint.name,
-            "max_batch_tokens": spec.batch_tokens(devices),
-            "window_bytes": spec.window_bytes,
-        });
+        let batch_tokens = spec.batch_tokens(devices);
+        let notes =
+            json!({ "model": checkpoint.name, "max_batch_tokens": batch_tokens, "window_bytes": spec.window_bytes });
         let stamps: Vec<_> = dataset.files.iter().map(|file| file.stamp()).collect();
         let file = PlanFile::new(settings, notes, to_json(&stamps)?, unit_rows, units.len() as u64, planned_rows);
         let window = checkpoint.config.sliding_window.map_or("none".to_owned(), |window| window.to_string());

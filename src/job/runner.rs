@@ -70,7 +70,7 @@ pub async fn run_sharing(spec: JobSpec, control: Arc<RunControl>, models: Arc<Mo
     for line in plan.describe(&checkpoint, &spec, &devices) {
         control.notice(line);
     }
-    if let Some(line) = memory::describe(&spec, &devices) {
+    if let Some(line) = memory::describe(&spec) {
         tracing::info!("{line}");
     }
     control.check()?;

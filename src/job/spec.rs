@@ -54,7 +54,7 @@ pub struct JobSpec {
     pub max_batch_tokens: Option<usize>,
     /// Text in a packing window, in bytes.
     pub window_bytes: usize,
-    /// Memory that batches, windows and caches are cut to fit, in bytes.
+    /// Memory of the machine that batches, windows and caches are cut to fit, in bytes.
     pub memory_limit: Option<u64>,
     /// Rows of a unit.
     pub unit_rows: Option<u64>,

@@ -287,7 +287,7 @@ impl Cache {
         let row_bytes = heads.head_dim * dtype.size_in_bytes();
         let shared_bytes = if [128, 256].contains(&row_bytes) { 2 * SPLIT_SLOTS * row_bytes } else { 0 };
         // Blocks may take several splits each.
-        let grid = (if seed % 2 == 0 { splits } else { splits.div_ceil(2) }, heads.num_kv_heads, entries);
+        let grid = (if seed.is_multiple_of(2) { splits } else { splits.div_ceil(2) }, heads.num_kv_heads, entries);
         launch(&named("decode_attention", dtype), grid, 128, shared_bytes, &args, seed);
         let mut args: Vec<Arg> =
             [&partial, &stats, &context, &tokens, &positions, &sequences, &self.capacities].map(Arg::Buffer).into();
