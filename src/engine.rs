@@ -389,7 +389,7 @@ mod tests {
         };
         let (plenty, scarce) = (infer(usize::MAX), infer(50));
         assert_eq!((plenty.stats.failed_rows, scarce.stats.failed_rows), (0, 1));
-        let (row, message) = scarce.first_error.unwrap();
+        let (row, message) = scarce.first_error.clone().unwrap();
         assert!(row == 17 && message.contains("out of memory for this text alone"), "{message}");
         let scores = |inferred: &Inferred| inferred.columns[1].as_primitive::<Float32Type>().clone();
         let (plenty, scarce) = (scores(&plenty), scores(&scarce));
