@@ -25,8 +25,22 @@ fn main() -> Result<()> {
 
 fn run() -> Result<()> {
     let threads = rayon::current_num_threads();
-    let peak = (0..10).map(|_| multiply_add_gflops()).fold(0.0, f64::max);
-    println!("{threads} threads; multiply-adds in registers: {peak:.0} GFLOP/s");
+    let peak = peak_gflops(multiply_adds);
+    println!("{threads} threads; multiply-adds in registers: {peak:.0} GFLOP/s in f32");
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512bf16") {
+            // SAFETY: the CPU has just said so.
+            println!(
+                "  {:.0} in bf16, summed in f32 (vdpbf16ps)",
+                peak_gflops(|turns| unsafe { x86::bf16_pairs(turns) })
+            );
+        }
+        if is_x86_feature_detected!("avx512fp16") {
+            // SAFETY: as above.
+            println!("  {:.0} in f16 (vfmadd231ph)", peak_gflops(|turns| unsafe { x86::f16(turns) }));
+        }
+    }
     println!(
         "{:>22}  {:>14} {:>14} {:>14} {:>14} {:>14}",
         "rows x inputs x outputs", "ours f32", "ours bf16", "ours f16", "in f16", "candle f32"
@@ -105,15 +119,18 @@ fn seconds(mut work: impl FnMut() -> Result<()>) -> Result<f64> {
     Ok(started.elapsed().as_secs_f64())
 }
 
-/// The rate of independent multiply-adds on all threads at once, in the widest vectors of this CPU.
-fn multiply_add_gflops() -> f64 {
+/// The best rate of `work` on all threads at once; it runs so many turns and returns its floating-point operations.
+fn peak_gflops(work: impl Fn(usize) -> f64 + Sync) -> f64 {
     const TURNS: usize = 400_000;
-    let started = Instant::now();
-    let flop: f64 = rayon::broadcast(|_| black_box(multiply_adds(TURNS))).into_iter().sum();
-    flop / started.elapsed().as_secs_f64() / 1e9
+    let rate = |_| {
+        let started = Instant::now();
+        let flop: f64 = rayon::broadcast(|_| black_box(work(TURNS))).into_iter().sum();
+        flop / started.elapsed().as_secs_f64() / 1e9
+    };
+    (0..10).map(rate).fold(0.0, f64::max)
 }
 
-/// Runs chains of multiply-adds; returns how many floating-point operations they were.
+/// Runs chains of multiply-adds, in the widest vectors of this CPU; returns how many floating-point operations they were.
 fn multiply_adds(turns: usize) -> f64 {
     #[cfg(target_arch = "x86_64")]
     {
@@ -154,6 +171,33 @@ mod x86 {
         }
         black_box(chains);
         (turns * CHAINS * 16 * 2) as f64
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub fn bf16_pairs(turns: usize) -> f64 {
+        let mut chains = [_mm512_setzero_ps(); CHAINS];
+        let factor = black_box(_mm512_cvtneps_pbh(_mm512_set1_ps(0.5)));
+        let factor = _mm512_cvtne2ps_pbh(_mm512_cvtpbh_ps(factor), _mm512_cvtpbh_ps(factor));
+        for _ in 0..turns {
+            for chain in &mut chains {
+                *chain = _mm512_dpbf16_ps(*chain, factor, factor);
+            }
+        }
+        black_box(chains);
+        (turns * CHAINS * 32 * 2) as f64
+    }
+
+    #[target_feature(enable = "avx512f,avx512fp16")]
+    pub fn f16(turns: usize) -> f64 {
+        let mut chains = [_mm512_setzero_ph(); CHAINS];
+        let factor = black_box(_mm512_castsi512_ph(_mm512_set1_epi16(0x3800))); // 0.5
+        for _ in 0..turns {
+            for chain in &mut chains {
+                *chain = _mm512_fmadd_ph(*chain, factor, factor);
+            }
+        }
+        black_box(chains);
+        (turns * CHAINS * 32 * 2) as f64
     }
 
     #[target_feature(enable = "avx2,fma")]
