@@ -109,7 +109,7 @@ impl PlannedData {
         }
         let files = plan.dataset.files.iter().zip(rows).map(|(file, rows)| PlannedFile {
             path: file.path.clone(),
-            size_bytes: file.size_bytes,
+            size_bytes: file.stored.size_bytes(),
             rows,
         });
         Self {

@@ -15,7 +15,7 @@ use arrow::ipc::{Block, Message, MessageHeader, RecordBatch, root_as_footer, roo
 
 use super::decode::{Batches, Columns, Layout, Survey, check_expansion, guarded};
 use crate::data::store::{Reader, StoredFile};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// The first bytes of the file format; a stream has none.
 const FILE_MAGIC: &[u8; 6] = b"ARROW1";
@@ -136,7 +136,7 @@ fn survey_file(file: &mut Reader, size: u64) -> Result<(Schema, u64, Layout), Ar
 }
 
 /// The message of a block that lies inside the file.
-fn block_metadata(file: &mut File, block: &Block) -> Result<Vec<u8>, ArrowError> {
+fn block_metadata(file: &mut Reader, block: &Block) -> Result<Vec<u8>, ArrowError> {
     file.seek(SeekFrom::Start(block.offset() as u64))?;
     let mut metadata = vec![0; block.metaDataLength() as usize];
     file.read_exact(&mut metadata)?;
