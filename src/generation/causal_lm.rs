@@ -57,6 +57,9 @@ impl CausalLm {
     /// # Errors
     /// When nothing is left.
     pub fn reserve_caches(&self, wanted: usize, prefill_tokens: usize, max_rows: usize) -> Result<usize> {
+        if let Some(held) = self.model.reserved_cache_bytes().filter(|held| *held <= wanted) {
+            return Ok(held);
+        }
         let logits = 2 * max_rows * self.model.config().vocab_size * size_of::<f32>();
         let steps = self.model.activation_bytes(prefill_tokens + max_rows) + logits;
         match self.model.free_bytes()? {

@@ -112,6 +112,12 @@ impl MistralModel {
         blocks * BlockPool::block_bytes(self.config.heads(), self.config.num_hidden_layers, self.dtype)
     }
 
+    /// What [`MistralModel::reserve_caches`] has taken.
+    pub fn reserved_cache_bytes(&self) -> Option<usize> {
+        let held = self.kv_blocks.lock().unwrap_or_else(PoisonError::into_inner);
+        held.as_ref().map(|pool| pool.bytes())
+    }
+
     /// Takes up to `bytes` of a CUDA device's memory for caches; on the CPU memory is taken as sequences begin. Returns what
     /// caches may take together.
     ///

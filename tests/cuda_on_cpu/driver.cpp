@@ -254,6 +254,10 @@ EXPORT int cuDeviceGetDefaultMemPool(void** pool, int device) {
     return SUCCESS;
 }
 EXPORT int cuMemPoolSetAttribute(void*, int, void*) { return SUCCESS; }
+EXPORT int cuMemPoolGetAttribute(void*, int, void* value) {
+  *static_cast<uint64_t*>(value) = 0;  // nothing is held back
+  return SUCCESS;
+}
 EXPORT int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
     LOCK;
     NOT_IN_CAPTURE

@@ -37,7 +37,8 @@ pub(super) struct Runtime {
     pub device: CudaDevice,
     pub stream: Arc<CudaStream>,
     module: Arc<CudaModule>,
-    functions: RwLock<HashMap<String, CudaFunction>>,
+    /// By name and dynamic shared memory, which has to be asked for.
+    functions: RwLock<HashMap<(String, u32), CudaFunction>>,
     /// A handle serves one caller at a time.
     products: Mutex<()>,
     _workspace: CudaSlice<u8>,
@@ -120,9 +121,23 @@ pub fn name(device: &Device) -> Result<String> {
     Runtime::of(device)?.stream.context().name().w()
 }
 
-/// Bytes of the device's memory that are free, and all of them, as the driver tells.
+/// Bytes of the device's memory that are free, and all of them, as the driver tells; what this process holds without using it
+/// is free.
 pub fn memory_bytes(device: &Device) -> Result<(usize, usize)> {
-    Runtime::of(device)?.stream.context().mem_get_info().w()
+    let runtime = Runtime::of(device)?;
+    let context = runtime.stream.context();
+    let (free, total) = context.mem_get_info().w()?;
+    let (mut reserved, mut used) = (0u64, 0u64);
+    // SAFETY: the device is the context's, and both attributes are u64.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device()).w()?;
+        let (reserved, used): (*mut u64, *mut u64) = (&mut reserved, &mut used);
+        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT;
+        result::mem_pool::get_attribute(pool, attribute, reserved.cast()).w()?;
+        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT;
+        result::mem_pool::get_attribute(pool, attribute, used.cast()).w()?;
+    }
+    Ok((free + reserved.saturating_sub(used) as usize, total))
 }
 
 impl Runtime {
@@ -137,7 +152,8 @@ impl Runtime {
 
     /// The kernel of this name, allowed to use `shared_bytes` of dynamic shared memory.
     pub fn function(&self, name: &str, shared_bytes: u32) -> Result<CudaFunction> {
-        if let Some(function) = self.functions.read().unwrap_or_else(PoisonError::into_inner).get(name) {
+        let key = (name.to_owned(), shared_bytes);
+        if let Some(function) = self.functions.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Ok(function.clone());
         }
         self.stream.context().bind_to_thread().w()?;
@@ -147,7 +163,7 @@ impl Runtime {
             function.set_attribute(attribute, shared_bytes as i32).w()?;
         }
         let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
-        Ok(functions.entry(name.to_owned()).or_insert(function).clone())
+        Ok(functions.entry(key).or_insert(function).clone())
     }
 
     /// `y [N, out]` = `x [N, in]` times the transposed `weight [out, in]`, summed in f32; `y` may be f32 whatever the others.
@@ -296,7 +312,8 @@ pub fn uninitialized(shape: impl Into<candle_core::Shape>, dtype: DType, device:
 
 /// Copies `values` to a new tensor `[len]`; the caller need not wait for the device.
 pub fn upload(values: &[u32], device: &Device) -> Result<Tensor> {
-    let tensor = uninitialized(values.len(), DType::U32, device)?;
+    // No memory is no buffer: a list of nothing has room for one.
+    let tensor = uninitialized(values.len().max(1), DType::U32, device)?.narrow(0, 0, values.len())?;
     upload_to(values, &tensor)?;
     Ok(tensor)
 }
