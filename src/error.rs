@@ -128,6 +128,10 @@ pub enum Error {
     #[error("stopped by {}; run the same command with --resume to go on", if *.signal == SIGTERM { "SIGTERM" } else { "SIGINT" })]
     Stopped { signal: i32 },
 
+    /// As [`Error::Stopped`], of a command that goes on with its own output when it is run again.
+    #[error("stopped by {}; the same command again goes on from here", if *.signal == SIGTERM { "SIGTERM" } else { "SIGINT" })]
+    Paused { signal: i32 },
+
     /// A statement failed, or was cancelled.
     #[error("{message}")]
     Query { message: String, code: ExitCode },
@@ -163,16 +167,27 @@ impl Error {
             Error::Io { .. } => ExitCode::Io,
             Error::OutputLocked { .. } => ExitCode::TryAgain,
             Error::AnotherJob { .. } | Error::Config { .. } => ExitCode::Config,
-            Error::Stopped { signal: SIGTERM } => ExitCode::Terminated,
-            Error::Stopped { .. } => ExitCode::Interrupted,
+            Error::Stopped { signal: SIGTERM } | Error::Paused { signal: SIGTERM } => ExitCode::Terminated,
+            Error::Stopped { .. } | Error::Paused { .. } => ExitCode::Interrupted,
         }
     }
 
     /// Whether the same run again may go through without anybody doing anything, as schedulers want to know.
-    ///
-    /// A run that was stopped by a signal is one to go on with; its command may have to say so, with `--resume`.
     pub fn is_retryable(&self) -> bool {
-        matches!(self.exit_code(), ExitCode::TryAgain | ExitCode::Interrupted | ExitCode::Terminated)
+        match self {
+            Error::Stopped { .. } => false,
+            error => {
+                matches!(error.exit_code(), ExitCode::TryAgain | ExitCode::Interrupted | ExitCode::Terminated)
+            }
+        }
+    }
+
+    /// The same error of a command that goes on with its own output when it is run again.
+    pub fn resumed_by_a_rerun(self) -> Error {
+        match self {
+            Error::Stopped { signal } => Error::Paused { signal },
+            error => error,
+        }
     }
 
     /// An I/O failure while doing `action` ("read", "write", "fsync", …) on `path`.

@@ -1,51 +1,66 @@
 //! Runs a job, however it was asked for, and shows how it goes.
 
-use std::io::Write;
-use std::path::Path;
 use std::sync::Arc;
 
-use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::log;
+use super::outlets::{self, Outlets, write_report};
 use super::progress::Display;
-use crate::data::commit::{TempFile, parent_of};
 use crate::data::digest::output_sha256;
 use crate::data::output::OutputTarget;
+use crate::data::sink::OnExisting;
 use crate::error::{Error, Result, SIGINT, SIGTERM};
-use crate::job::{self, Job, JobSpec, MessageSettings, RunControl, RunReport};
+use crate::job::lineage::{LineageEnvironment, LineageRun};
+use crate::job::prometheus::{MetricLabels, RunEnd};
+use crate::job::{self, CheckReport, Job, JobFileIdentity, JobSpec, MessageSettings, RunControl, RunReport};
 
 /// Runs `job`, showing its progress and handling signals.
 pub fn run(job: Job) -> Result<()> {
+    let labels = MetricLabels { job_name: job.name(), command: job.spec.command.name().to_owned() };
     let Job { spec, device, threads, dry_run, messages, file } = job;
     log::start(&messages);
-    let reported = |error: Error| {
-        let report = RunReport { job_file: file.clone(), ..RunReport::failed(&spec, &error) };
-        report_failure(&messages, &report);
-        error
-    };
-    check_device(&device).and_then(|()| use_threads(threads)).map_err(reported)?;
     if dry_run {
-        return check(&spec, &messages);
+        let checked = check_device(&device).and_then(|()| use_threads(threads)).and_then(|()| job::check(&spec));
+        return tell_check(&spec, file, checked, &messages);
     }
+    let lineage = || LineageRun::of_job(&labels.job_name, &spec, LineageEnvironment::of_process());
+    let outlets = Arc::new(Outlets::new(&messages, labels.clone(), lineage));
     let control = Arc::new(RunControl::default());
-    let display = Display::start(&messages, control.clone()).map_err(reported)?;
-    let result = block_on(control.clone(), job::run(spec.clone(), control.clone()));
-    let mut report = match &result {
-        Ok(report) => report.clone(),
-        Err(error) => RunReport::failed(&spec, error).with_progress(&control.counters),
+    let begun = outlets
+        .begin()
+        .and_then(|()| check_device(&device))
+        .and_then(|()| use_threads(threads))
+        .and_then(|()| Display::start(&messages, control.clone()));
+    let (display, result) = match begun {
+        Ok(display) => {
+            let watch = outlets.watch(control.clone());
+            let result = block_on(control.clone(), job::run(spec.clone(), control.clone()));
+            drop(watch);
+            (Some(display), result)
+        }
+        Err(error) => (None, Err(error)),
     };
-    report.job_file = file;
-    display.finish(&report);
-    let Some(path) = &messages.report else { return result.map(|_| ()) };
-    if result.is_err() {
-        report_failure(&messages, &report);
-        return result.map(|_| ());
+    // A plain command refuses what it left itself until --resume says otherwise.
+    let needs_resume = spec.on_existing == OnExisting::Refuse;
+    let result = result.map_err(|error| if needs_resume { error } else { error.resumed_by_a_rerun() });
+    let result = result.and_then(|mut report| {
+        if let (Some(_), Some(hashes)) = (&messages.report, &mut report.hashes) {
+            hashes.output = Some(output_sha256(&OutputTarget::new(&spec.output))?);
+        }
+        Ok(report)
+    });
+    let report = match &result {
+        Ok(report) => report.clone(),
+        Err(error) if display.is_some() => RunReport::failed(&spec, error).with_progress(&control.counters),
+        Err(error) => RunReport::failed(&spec, error),
+    };
+    let report = RunReport { job_file: file, ..report };
+    if let Some(display) = display {
+        display.finish(&report);
     }
-    if let Some(hashes) = &mut report.hashes {
-        hashes.output = Some(output_sha256(&OutputTarget::new(&spec.output))?);
-    }
-    write_report(path, &report)
+    let told = outlets.end_job(&report, &spec.output);
+    result.map(|_| ()).and(told)
 }
 
 /// Does the work of a command on a runtime of its own; SIGINT and SIGTERM stop what `control` controls.
@@ -62,8 +77,24 @@ pub(super) fn block_on<T>(control: Arc<RunControl>, work: impl Future<Output = R
 }
 
 /// Tells what the job would do, on standard output; `--report` has it as JSON, or why it was refused.
-fn check(spec: &JobSpec, messages: &MessageSettings) -> Result<()> {
-    let report = job::check(spec).inspect_err(|error| report_failure(messages, &RunReport::failed(spec, error)))?;
+fn tell_check(
+    spec: &JobSpec,
+    file: Option<JobFileIdentity>,
+    checked: Result<CheckReport>,
+    messages: &MessageSettings,
+) -> Result<()> {
+    let report = match checked {
+        Ok(report) => report,
+        Err(error) => {
+            let report = RunReport { job_file: file, ..RunReport::failed(spec, &error) };
+            if let Some(path) = &messages.report
+                && let Err(error) = write_report(path, &report)
+            {
+                tracing::warn!("{error}");
+            }
+            return Err(error);
+        }
+    };
     if let Some(path) = &messages.report {
         write_report(path, &report)?;
     }
@@ -73,20 +104,14 @@ fn check(spec: &JobSpec, messages: &MessageSettings) -> Result<()> {
     super::print(&(report.lines().join("\n") + "\n"))
 }
 
-/// Writes the report of a command that failed before there was a job.
-pub(super) fn refused(messages: &MessageSettings, error: Error) -> Error {
+/// Tells of a command that was refused before there was a job; `job_name` is empty where it is not known.
+pub(super) fn refused(messages: &MessageSettings, job_name: &str, error: Error) -> Error {
     log::start(messages);
-    report_failure(messages, &RunReport::refused(&error));
+    let report = RunReport::refused(&error);
+    let labels = MetricLabels { job_name: job_name.to_owned(), ..MetricLabels::default() };
+    let end = RunEnd { exit_code: report.exit_code, retryable: report.retryable };
+    outlets::refused(messages, &labels, end, &report);
     error
-}
-
-/// Writes the report of a failure, if one was asked for; that it cannot be written is not the failure to tell of.
-pub(super) fn report_failure(messages: &MessageSettings, report: &impl Serialize) {
-    if let Some(path) = &messages.report
-        && let Err(error) = write_report(path, report)
-    {
-        tracing::warn!("{error}");
-    }
 }
 
 pub(super) fn use_threads(threads: Option<u64>) -> Result<()> {
@@ -126,21 +151,4 @@ async fn stop_on_signals(control: Arc<RunControl>) {
         stopping = true;
         control.stop(received);
     }
-}
-
-/// Replaces a report as a whole, so that no reader finds half of one.
-///
-/// What cannot be replaced is written to where it stands: /dev/stdout, or a file that a container has mounted.
-pub(super) fn write_report(path: &Path, report: &impl Serialize) -> Result<()> {
-    let json = serde_json::to_string_pretty(report).map_err(|error| Error::Internal(error.to_string()))? + "\n";
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let replace = || {
-        let mut temp = TempFile::create(parent_of(path), &name)?;
-        temp.write_all(json.as_bytes()).map_err(Error::io("write", path))?;
-        temp.replace(path)
-    };
-    if (path.exists() && !path.is_file()) || replace().is_err() {
-        return std::fs::write(path, &json).map_err(Error::io("write", path));
-    }
-    Ok(())
 }

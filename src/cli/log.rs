@@ -73,9 +73,11 @@ pub fn settings_of(args: &[OsString]) -> MessageSettings {
         let variable = flag.trim_start_matches('-').replace('-', "_").to_uppercase();
         std::env::var_os(format!("MISTRAL_BATCH_{variable}"))
     };
+    let path_of = |flag: &str| value_of(flag).filter(|path| !path.is_empty()).map(PathBuf::from);
     let format = value_of("--log-format");
     MessageSettings {
-        report: value_of("--report").filter(|path| !path.is_empty()).map(PathBuf::from),
+        report: path_of("--report"),
+        prometheus: path_of("--prometheus"),
         log_format: format.as_deref().and_then(OsStr::to_str).and_then(|name| LogFormat::from_str(name, false).ok()),
         ..MessageSettings::default()
     }

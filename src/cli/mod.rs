@@ -5,6 +5,7 @@ mod eval;
 mod inspect;
 mod job;
 mod log;
+mod outlets;
 mod progress;
 mod run;
 mod schemas;
@@ -91,7 +92,7 @@ pub fn main() -> ProcessExitCode {
 /// Tells of a command line that is wrong: with the parser's hints for a person, on one line where JSON was asked for.
 fn refuse(error: &clap::Error, messages: &MessageSettings) {
     let usage = log::usage_error(error);
-    let usage = job::refused(messages, usage);
+    let usage = job::refused(messages, "", usage);
     match messages.log_format {
         Some(LogFormat::Json) => log::error(&usage),
         // A closed pipe is no reason to change how the command ended.
@@ -135,7 +136,7 @@ impl Cli {
         match self.command {
             Command::Job(settings) => {
                 let messages = settings.messages().clone();
-                job::run(settings.into_job().map_err(|error| job::refused(&messages, error))?)
+                job::run(settings.into_job().map_err(|error| job::refused(&messages, "", error))?)
             }
             Command::Run(args) => args.run(),
             Command::Check(args) => args.run(),

@@ -99,7 +99,7 @@ impl Display {
             let seconds = details.timings.total_seconds;
             tracing::info!(status, rows_in, rows_out, rows_failed, tokens, seconds, "written to {output}");
             if let Some(audit) = details.audit.as_ref().filter(|audit| audit.rows_flipped > 0) {
-                tracing::warn!("{} audited rows have another result when they are alone", audit.rows_flipped);
+                tracing::warn!("{}", audit.warning());
             }
         } else if status == "nothing_to_do" {
             tracing::info!(status, "{output} is finished already: nothing to do");

@@ -64,21 +64,39 @@ pub struct JobFileArgs {
     set: Vec<(String, String)>,
 }
 
+/// What a job file is read for.
+#[derive(Clone, Copy, PartialEq)]
+enum Purpose {
+    Run,
+    /// As `run`, which tells what it would do where the file wants its report; metrics are of runs.
+    DryRun,
+    /// The file's own outlets are its run's.
+    Check,
+}
+
 impl JobFileArgs {
-    /// Reads the job; a report of a job that is refused goes where `messages` says, else to where the file does.
-    fn read(self, mut messages: MessageSettings, may_report_itself: bool) -> Result<Job> {
+    /// Reads the job; that it is refused is told where `messages` says, else where the file does.
+    fn read(self, mut messages: MessageSettings, purpose: Purpose) -> Result<Job> {
         let variables = Variables::new(BTreeMap::from_iter(self.set));
-        let file = JobFile::read(&self.job).map_err(|error| job::refused(&messages, error))?;
+        let name = self.job.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let refused = |messages: MessageSettings, error| {
+            let prometheus = messages.prometheus.clone().filter(|_| purpose == Purpose::Run);
+            job::refused(&MessageSettings { prometheus, ..messages }, &name, error)
+        };
+        let file = JobFile::read(&self.job).map_err(|error| refused(messages.clone(), error))?;
         file.job(&variables).map_err(|error| {
-            messages.report = messages.report.take().or(file.report(&variables).filter(|_| may_report_itself));
-            job::refused(&messages, error)
+            if purpose != Purpose::Check {
+                messages = messages.clone().or(file.messages(&variables));
+            }
+            refused(messages.clone(), error)
         })
     }
 }
 
 impl RunArgs {
     pub fn run(self) -> Result<()> {
-        let mut job = self.file.read(self.messages.clone(), true)?;
+        let purpose = if self.dry_run { Purpose::DryRun } else { Purpose::Run };
+        let mut job = self.file.read(self.messages.clone(), purpose)?;
         if self.resume {
             job.spec.on_existing = OnExisting::Resume;
         } else if self.overwrite {
@@ -107,7 +125,7 @@ pub struct CheckArgs {
 impl CheckArgs {
     pub fn run(self) -> Result<()> {
         // The file's own report is of its run.
-        let mut job = self.file.read(self.messages.clone(), false)?;
+        let mut job = self.file.read(self.messages.clone(), Purpose::Check)?;
         job.dry_run = true;
         job.messages = MessageSettings { report: self.messages.report.clone(), ..self.messages.or(job.messages) };
         job::run(job)

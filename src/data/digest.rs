@@ -16,21 +16,35 @@ use crate::error::{Error, Result};
 /// # Errors
 /// [`Error::Io`] when a file cannot be read.
 pub fn output_sha256(target: &OutputTarget) -> Result<String> {
+    if let OutputTarget::File { path, .. } = target {
+        return file_sha256(path);
+    }
+    let mut list = String::new();
+    for part in output_files(target)? {
+        list.push_str(&format!("{}  {}\n", file_sha256(&part)?, name(&part)));
+    }
+    Ok(format!("{:x}", Sha256::digest(list)))
+}
+
+/// The files of a finished output in the order of their rows.
+///
+/// # Errors
+/// [`Error::Io`] when the folder cannot be read.
+pub fn output_files(target: &OutputTarget) -> Result<Vec<PathBuf>> {
     let dir = match target {
-        OutputTarget::File { path, .. } => return file_sha256(path),
+        OutputTarget::File { path, .. } => return Ok(vec![path.clone()]),
         OutputTarget::Directory(dir) => dir,
     };
     let entries = fs::read_dir(dir).map_err(Error::io("read", dir))?;
     let paths = entries.map(|entry| entry.map(|entry| entry.path()));
     let mut parts: Vec<PathBuf> = paths.collect::<io::Result<_>>().map_err(Error::io("read", dir))?;
-    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     parts.retain(|path| unit_of_name(&name(path)).is_some());
     parts.sort();
-    let mut list = String::new();
-    for part in parts {
-        list.push_str(&format!("{}  {}\n", file_sha256(&part)?, name(&part)));
-    }
-    Ok(format!("{:x}", Sha256::digest(list)))
+    Ok(parts)
+}
+
+fn name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 fn file_sha256(path: &Path) -> Result<String> {

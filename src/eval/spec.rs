@@ -205,6 +205,10 @@ pub const SWEEP_SETTINGS: [&str; 6] =
 /// The settings of job files that a sweep makes itself.
 pub const OWN_SETTINGS: [&str; 7] = ["command", "input", "output", "truth_column", "resume", "overwrite", "keep"];
 
+/// The settings of job files that are those of a whole process: the command line has them.
+pub const PROCESS_SETTINGS: [&str; 8] =
+    ["report", "openlineage", "prometheus", "progress", "log_format", "quiet", "verbose", "dry_run"];
+
 /// The JSON Schema of sweep files.
 pub fn schema() -> Json {
     let mut schema = schema::for_toml(schemars::schema_for!(SweepFile).to_value());
@@ -244,7 +248,8 @@ impl JsonSchema for MatrixTable {
 /// The settings that a sweep file can give to jobs, and those of its own.
 fn known_settings(generator: &mut SchemaGenerator) -> Map<String, Json> {
     let mut known = schema::settings();
-    known.retain(|key, _| !OWN_SETTINGS.contains(&key.as_str()) && key != "n");
+    let has_meaning = |key: &str| !OWN_SETTINGS.contains(&key) && !PROCESS_SETTINGS.contains(&key) && key != "n";
+    known.retain(|key, _| has_meaning(key));
     let metrics = MetricSettings::json_schema(generator).to_value();
     let metrics = metrics["properties"].as_object().cloned().unwrap_or_default();
     // Unlike a job's, these numbers are read as they stand.
@@ -350,6 +355,10 @@ fn check_keys(table: &Table, known: &[&str], of: &str) -> Result<(), String> {
 
 fn check_settings(table: &Table, of: &str) -> Result<(), String> {
     let own = |key: &&String| OWN_SETTINGS.contains(&key.as_str());
+    if let Some(key) = table.keys().find(|key| PROCESS_SETTINGS.contains(&key.as_str())) {
+        let flag = key.replace('_', "-");
+        return Err(format!("{of}: '{key}' is of the whole sweep; give --{flag} to mistral-batch eval"));
+    }
     match table.keys().find(own) {
         Some(key) => Err(format!("{of}: '{key}' is made by the sweep; leave it out")),
         None if table.contains_key("n") => Err(format!("{of}: 'n': a sweep measures one completion a row")),

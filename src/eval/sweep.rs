@@ -12,7 +12,7 @@ use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use regex::Regex;
 use serde::Serialize;
-use serde_json::{Value as Json, json};
+use serde_json::{Map, Value as Json, json};
 use sha2::{Digest, Sha256};
 use toml::{Table, Value};
 
@@ -78,6 +78,27 @@ pub struct SweepSummary {
     pub model_loads: u64,
     /// What the audits of this run's predictions found, where `audit` asks for them.
     pub audits: BTreeMap<String, AuditReport>,
+    /// The first measure of every task in every cell.
+    pub results: Vec<RunSummary>,
+}
+
+/// What a task in a cell is worth, by the task's first measure.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RunSummary {
+    pub task: String,
+    pub cell: usize,
+    /// The cell's settings of the matrix.
+    pub settings: Map<String, Json>,
+    /// As `accuracy`.
+    pub measure: &'static str,
+    /// Null where nothing could be compared.
+    pub value: f64,
+    /// Both ends of the bootstrap interval.
+    pub interval: Option<(f64, f64)>,
+    /// Rows or documents that were compared.
+    pub compared: usize,
+    /// The folder of its predictions, relative to the sweep's.
+    pub predictions: String,
 }
 
 impl SweepPlan {
@@ -111,6 +132,30 @@ impl SweepPlan {
         }
         plan.devices.dedup();
         Ok(plan)
+    }
+
+    /// Audits `rows` rows of each prediction, whatever the settings say.
+    pub fn audit(&mut self, rows: u64) {
+        self.cells.iter_mut().for_each(|planned| planned.spec.audit = Some(rows));
+    }
+
+    /// The datasets of all tasks, as the jobs name them; choices and few-shot examples are made of them.
+    pub fn inputs(&self) -> Vec<String> {
+        let dir = self.path.canonicalize().ok();
+        let dir = dir.as_deref().and_then(Path::parent).unwrap_or(Path::new("/"));
+        let place = |place: &String| match place.contains("://") {
+            true => place.clone(),
+            false => joined(dir, Path::new(place)).to_string_lossy().into_owned(),
+        };
+        let of_task = |task: &TaskFile| -> Vec<String> {
+            task.input.iter().chain(task.few_shot.iter().map(|few_shot| &few_shot.source)).map(place).collect()
+        };
+        self.sweep.tasks.iter().flat_map(of_task).collect()
+    }
+
+    /// The checkpoints of all cells.
+    pub fn models(&self) -> Vec<String> {
+        self.cells.iter().map(|planned| planned.spec.model.clone()).collect()
     }
 
     /// The cells in words, one a line.
@@ -194,6 +239,7 @@ impl SweepPlan {
             let outcome = self.outcome(task, planned, &folder)?;
             runs.push(run.measured(outcome, &self.bootstrap()));
         }
+        let results = runs.iter().filter_map(RunSummary::new).collect();
         self.write(runs)?;
         Ok(SweepSummary {
             runs: self.cells.len(),
@@ -201,6 +247,7 @@ impl SweepPlan {
             predictions_reused: done.values().filter(|reused| **reused).count(),
             model_loads: models.loads(),
             audits,
+            results,
         })
     }
 
@@ -260,6 +307,23 @@ impl SweepPlan {
         let place = self.output.join("report.html");
         let html = report::html(&results)?;
         replace_file(&place, |mut file| file.write_all(html.as_bytes()).map_err(Error::io("write", &place)))
+    }
+}
+
+impl RunSummary {
+    /// `None` of a task that measures nothing.
+    fn new(run: &TaskRun) -> Option<Self> {
+        let headline = run.headline()?;
+        Some(Self {
+            task: run.task.clone(),
+            cell: run.cell,
+            settings: run.settings.clone(),
+            measure: headline.measure.name,
+            value: headline.value,
+            interval: headline.interval,
+            compared: run.compared,
+            predictions: run.predictions.clone(),
+        })
     }
 }
 

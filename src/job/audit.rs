@@ -194,6 +194,11 @@ impl AuditReport {
         }
     }
 
+    /// What is to be warned of where a result changed.
+    pub fn warning(&self) -> String {
+        format!("{} audited rows have another result when they are alone", self.rows_flipped)
+    }
+
     /// The finding in a sentence.
     pub fn line(&self) -> String {
         let rows = self.rows;

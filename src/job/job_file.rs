@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use toml::de::DeTable;
 use toml::{Table, Value};
 
-use super::settings::{Job, JobParser, job_command};
+use super::settings::{Job, JobParser, MessageSettings, job_command};
 use super::variables::Variables;
 use crate::data::sink::OnExisting;
 use crate::error::{Error, Result, nearest_name, one_line};
@@ -75,12 +75,15 @@ impl JobFile {
         &self.settings
     }
 
-    /// Where the file wants its report, as far as that can be told of a file that may be wrong.
-    pub fn report(&self, variables: &Variables) -> Option<PathBuf> {
-        let text = variables.expand(self.settings.get("report")?.as_str()?, &mut Vec::new()).ok()?;
-        let parser = job_command();
-        let arg = job_commands(&parser).find_map(|command| find_arg(command, "report"))?;
-        Some(self.resolved(arg, &text).into()).filter(|_| !text.is_empty())
+    /// Where the file wants its report and its metrics, as far as that can be told of a file that may be wrong.
+    pub fn messages(&self, variables: &Variables) -> MessageSettings {
+        let place = |key: &str| -> Option<PathBuf> {
+            let text = variables.expand(self.settings.get(key)?.as_str()?, &mut Vec::new()).ok()?;
+            let parser = job_command();
+            let arg = job_commands(&parser).find_map(|command| find_arg(command, key))?;
+            Some(self.resolved(arg, &text).into()).filter(|_| !text.is_empty())
+        };
+        MessageSettings { report: place("report"), prometheus: place("prometheus"), ..MessageSettings::default() }
     }
 
     /// The same file with other settings, for what derives jobs from one.
@@ -409,7 +412,8 @@ top_k = 3
     #[test]
     fn a_wrong_file_still_says_where_its_report_goes() {
         let file = |text: &str| JobFile::parse(Path::new("jobs/a.toml"), "/srv/jobs".into(), text).unwrap();
-        let report = |text: &str| file(text).report(&Variables::new(BTreeMap::from([("day".into(), "1".into())])));
+        let report =
+            |text: &str| file(text).messages(&Variables::new(BTreeMap::from([("day".into(), "1".into())]))).report;
         assert_eq!(report("comand = 'x'\nreport = '../r-${day}.json'"), Some("/srv/r-1.json".into()));
         assert_eq!(report("report = '${nowhere_to_be_found}'"), None);
         assert_eq!(report("report = 5"), None);

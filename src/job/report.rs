@@ -8,12 +8,12 @@ use serde_json::{Map, Value};
 use super::audit::AuditReport;
 use super::control::Counters;
 use super::job_file::JobFileIdentity;
+use super::lineage::PlannedData;
 use super::plan::JobPlan;
 use super::spec::JobSpec;
 use super::truth::Agreement;
 use crate::batch::Padding;
 use crate::data::part::{PartFooter, PartWriter};
-use crate::data::sink::OnExisting;
 use crate::engine::InferStats;
 use crate::error::{Error, Result};
 
@@ -119,6 +119,9 @@ pub struct RunReport {
     /// The details of the earlier run that finished the output, where it keeps them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finished_earlier: Option<Value>,
+    /// What lineage tells of the data, of a run that did what it was asked.
+    #[serde(skip)]
+    pub planned: Option<PlannedData>,
 }
 
 /// SHA-256 of what went into the results and of what came out, in hexadecimal.
@@ -181,18 +184,17 @@ impl RunReport {
 
     /// The report of a run that `error` ended.
     pub fn failed(spec: &JobSpec, error: &Error) -> Self {
-        let report = Self::refused(error);
-        // A plain command refuses what it left itself until --resume says otherwise.
-        let needs_resume = matches!(error, Error::Stopped { .. }) && spec.on_existing == OnExisting::Refuse;
-        let Self { status, exit_code, error, .. } = report;
-        let retryable = report.retryable && !needs_resume;
+        let Self { status, exit_code, retryable, error, .. } = Self::refused(error);
         Self { exit_code, retryable, error, ..Self::new(spec, status, None) }
     }
 
     /// The report of a command that was not understood.
     pub fn refused(error: &Error) -> Self {
         Self {
-            status: if matches!(error, Error::Stopped { .. }) { "stopped" } else { "failed" },
+            status: match error {
+                Error::Stopped { .. } | Error::Paused { .. } => "stopped",
+                _ => "failed",
+            },
             exit_code: error.exit_code() as u8,
             retryable: error.is_retryable(),
             error: Some(error.to_string()),
@@ -216,6 +218,7 @@ impl RunReport {
             progress: None,
             details: None,
             finished_earlier: None,
+            planned: None,
         }
     }
 

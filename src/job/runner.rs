@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::control::{Counters, RunControl};
+use super::lineage::PlannedData;
 use super::models::ModelCache;
 use super::pipeline::{self, PipelineTotals};
 use super::plan::JobPlan;
@@ -49,9 +50,11 @@ pub async fn run_sharing(spec: JobSpec, control: Arc<RunControl>, models: Arc<Mo
     };
     let PlannedJob { checkpoint, tokenizer, plan, target, .. } = job;
     let hashes = Some(Hashes::new(&plan));
+    let planned = Some(PlannedData::new(&plan));
     let nothing_to_do = |finished: SuccessFile| RunReport {
         started_at: started_at.clone(),
         hashes: hashes.clone(),
+        planned: planned.clone(),
         finished_earlier: Some(finished.summary).filter(|summary| !summary.is_null()),
         ..RunReport::new(&spec, "nothing_to_do", None)
     };
@@ -122,7 +125,7 @@ pub async fn run_sharing(spec: JobSpec, control: Arc<RunControl>, models: Arc<Mo
     let summary = serde_json::to_value(&details).map_err(|error| Error::Internal(error.to_string()))?;
     join(spawn_blocking(move || sink.complete(summary))).await?;
     details.timings.total_seconds = started.elapsed().as_secs_f64();
-    Ok(RunReport { started_at, hashes, ..RunReport::new(&spec, "done", Some(details)) })
+    Ok(RunReport { started_at, hashes, planned, ..RunReport::new(&spec, "done", Some(details)) })
 }
 
 /// What a job is, known without a weight being read or its output being looked at.

@@ -11,6 +11,7 @@ mod job_files;
 mod jobs;
 mod kills;
 mod messages;
+mod outlets;
 mod prompts;
 mod row_params;
 mod schedulers;

@@ -179,6 +179,13 @@ fn github_actions_workflow() {
     }
 }
 
+#[test]
+fn prometheus_alerts() {
+    let Some(rules) = yaml("prometheus-alerts.yml") else { return };
+    let rules = rules["groups"][0]["rules"].as_array().unwrap().clone();
+    assert!(rules.iter().all(|rule| rule["alert"].is_string() && rule["expr"].is_string()), "{rules:?}");
+}
+
 /// A YAML file as Python reads it, where there is Python with PyYAML.
 fn yaml(name: &str) -> Option<Value> {
     let path = project("jobs/schedulers").join(name);

@@ -28,8 +28,8 @@ pub fn tickets() -> (String, String) {
 /// A command line of the program, in an environment without settings of the machine.
 pub fn program(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mistral-batch"));
-    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("MISTRAL_BATCH_") || name.starts_with("HF_"))
-    {
+    let is_ours = |name: &str| ["MISTRAL_BATCH_", "HF_", "OPENLINEAGE_"].iter().any(|prefix| name.starts_with(prefix));
+    for (name, _) in std::env::vars().filter(|(name, _)| is_ours(name)) {
         command.env_remove(name);
     }
     command.args(args);

@@ -7,7 +7,7 @@ use std::fmt::Write;
 use serde_json::Value;
 
 use super::results::{Comparison, MeasuredValue, SweepResults, TaskRun, setting_text};
-use super::scoring::Better;
+use super::scoring::{Better, Measure};
 use crate::error::Result;
 use plots::{Point, SpeedPoint};
 
@@ -78,7 +78,8 @@ fn task_section(
     summary_table(page, runs, &keys);
 
     let Some(headline) = first.headline() else { return Ok(()) };
-    let axis = headline.measure.name.replace('_', " ");
+    let name = headline.measure.name.replace('_', " ");
+    let axis = format!("{name} ({})", unit(&headline.measure));
     let point = |run: &&TaskRun| {
         let (value, interval) = run.headline().map_or((f64::NAN, None), |value| (value.value, value.interval));
         Point { label: run.cell.to_string(), value, interval }
@@ -86,7 +87,7 @@ fn task_section(
     let labelled = |run: &&TaskRun| Point { label: label(run, &keys), ..point(run) };
     figure(
         page,
-        &format!("{axis} of each cell"),
+        &format!("{name} of each cell, with its interval"),
         &plots::intervals(&axis, &runs.iter().map(labelled).collect::<Vec<_>>())?,
     );
     let speeds = |run: &&TaskRun| SpeedPoint { tokens_per_second: run.cost.tokens_per_second, point: point(run) };
@@ -94,7 +95,7 @@ fn task_section(
 
     let best = best_first(runs);
     *page += "<div class=\"row\">\n";
-    figure(page, &format!("speed and {axis}, by cell"), &plots::speed_and_value(&axis, &speeds)?);
+    figure(page, &format!("speed and {name}; numbers are cells"), &plots::speed_and_value(&axis, &speeds)?);
     if let Some((run, bins)) = best.iter().find_map(|run| Some((run, run.reliability.as_ref()?))) {
         figure(
             page,
@@ -103,7 +104,7 @@ fn task_section(
         );
     }
     *page += "</div>\n";
-    comparison_table(page, comparisons, &axis);
+    comparison_table(page, comparisons, &name);
     for run in best.iter().take(DETAILED_CELLS) {
         details(page, run, &keys);
     }
@@ -284,6 +285,16 @@ fn confusion_table(page: &mut String, run: &TaskRun) {
 
 fn figure(page: &mut String, caption: &str, svg: &str) {
     let _ = writeln!(page, "<figure>{svg}<figcaption>{}</figcaption></figure>", escape(caption));
+}
+
+/// What a task's first measure counts.
+fn unit(measure: &Measure) -> &'static str {
+    match measure.name {
+        "accuracy" | "subset_accuracy" | "exact_match" => "share of rows",
+        "acc" => "share of documents",
+        _ if measure.better == Better::Lower => "lower is better",
+        _ => "0 to 1",
+    }
 }
 
 /// The name of a measure in few characters.

@@ -12,6 +12,7 @@ const BLUE: RGBColor = RGBColor(31, 90, 166);
 const ORANGE: RGBColor = RGBColor(200, 90, 20);
 const GRAY: RGBColor = RGBColor(120, 120, 120);
 const PALE: RGBColor = RGBColor(222, 226, 232);
+const SOFT: RGBColor = RGBColor(165, 172, 184);
 const INK: RGBColor = RGBColor(40, 44, 52);
 const FONT: &str = "sans-serif";
 /// Width of a picture that has a line of the page for itself.
@@ -94,8 +95,9 @@ pub fn reliability(bins: &[ReliabilityBin]) -> Result<String> {
     let filled: Vec<&ReliabilityBin> = bins.iter().filter(|bin| bin.rows > 0).collect();
     let most = filled.iter().map(|bin| bin.rows).max().unwrap_or(1) as f64;
     draw(SQUARE, SQUARE, |area| {
-        let mut chart = framed(area, 0.0..1.05, 0.0..1.05, "confidence", "accuracy")?;
-        chart.draw_series(LineSeries::new([(0.0, 0.0), (1.0, 1.0)], GRAY.stroke_width(1))).map_err(bug)?;
+        let axes = ("confidence (score of the label)", "accuracy (share of rows)");
+        let mut chart = framed(area, 0.0..1.05, 0.0..1.05, axes)?;
+        chart.draw_series(DashedLineSeries::new([(0.0, 0.0), (1.0, 1.0)], 5, 4, GRAY.stroke_width(1))).map_err(bug)?;
         let line = filled.iter().map(|bin| (bin.confidence, bin.accuracy));
         chart.draw_series(LineSeries::new(line, BLUE.stroke_width(2))).map_err(bug)?;
         // A circle's area is its share of the rows.
@@ -108,7 +110,7 @@ pub fn reliability(bins: &[ReliabilityBin]) -> Result<String> {
     })
 }
 
-/// Values over speeds, with intervals.
+/// Values over speeds, with intervals; `axis` names the value.
 ///
 /// # Errors
 /// [`Error::Internal`] when it cannot be drawn.
@@ -118,29 +120,79 @@ pub fn speed_and_value(axis: &str, points: &[SpeedPoint]) -> Result<String> {
     let (low, high) = bounds(known.iter().flat_map(|point| extent(&point.point)));
     let fastest = known.iter().map(|point| point.tokens_per_second).fold(1.0, f64::max);
     draw(SQUARE, SQUARE, |area| {
-        let mut chart = framed(area, 0.0..1.1 * fastest, low..high, "tokens/s", axis)?;
+        let mut chart = framed(area, 0.0..1.1 * fastest, low..high, ("speed (tokens/s)", axis))?;
         let bars =
             known.iter().filter_map(|point| Some((point.tokens_per_second, point.point.value, point.point.interval?)));
         let bars =
-            bars.map(|(x, value, (from, to))| ErrorBar::new_vertical(x, from, value, to, PALE.stroke_width(2), 8));
+            bars.map(|(x, value, (from, to))| ErrorBar::new_vertical(x, from, value, to, SOFT.stroke_width(1), 6));
         chart.draw_series(bars).map_err(bug)?;
-        // Dots and numbers come last, so that no bar hides them.
-        for SpeedPoint { tokens_per_second: x, point } in known {
-            let dot = EmptyElement::at((*x, point.value))
-                + Circle::new((0, 0), 4, ORANGE.filled())
-                + Text::new(point.label.clone(), (7, -14), (FONT, 13).into_font().color(&INK));
-            chart.draw_series([dot]).map_err(bug)?;
+        let dots =
+            known.iter().map(|point| Circle::new((point.tokens_per_second, point.point.value), 4, ORANGE.filled()));
+        chart.draw_series(dots).map_err(bug)?;
+        // Numbers come last, so that no bar hides them.
+        let places: Vec<Pixel> =
+            known.iter().map(|point| chart.backend_coord(&(point.tokens_per_second, point.point.value))).collect();
+        let labels: Vec<&str> = known.iter().map(|point| point.point.label.as_str()).collect();
+        let (width, height) = area.dim_in_pixel();
+        for (label, place) in labels.iter().zip(label_places(&places, &labels, (width as i32, height as i32))) {
+            let Some(place) = place else { continue };
+            let style = (FONT, LABEL_SIZE as u32).into_font().color(&INK);
+            area.draw(&Text::new((*label).to_owned(), place, style)).map_err(bug)?;
         }
         Ok(())
     })
+}
+
+type Pixel = (i32, i32);
+
+/// Height of a dot's label, in pixels.
+const LABEL_SIZE: i32 = 13;
+
+/// Where each dot's label begins (left, top), so that it hides neither a dot nor another label; `None` where it finds no
+/// place within `size`.
+fn label_places(dots: &[Pixel], labels: &[&str], size: Pixel) -> Vec<Option<Pixel>> {
+    /// Half a dot's width, with some air.
+    const DOT: i32 = 5;
+    type Box = (Pixel, Pixel);
+    let overlap = |a: &Box, b: &Box| a.0.0 < b.1.0 && b.0.0 < a.1.0 && a.0.1 < b.1.1 && b.0.1 < a.1.1;
+    let mut taken: Vec<Box> = dots.iter().map(|(x, y)| ((x - DOT, y - DOT), (x + DOT, y + DOT))).collect();
+    let mut places = Vec::new();
+    for ((x, y), label) in dots.iter().zip(labels) {
+        // Digits are about as wide as this; letters are narrower.
+        let width = label.chars().count() as i32 * 8;
+        let (right, left, middle) = (x + DOT + 2, x - DOT - 2 - width, x - width / 2);
+        let (above, level, below) = (y - DOT - LABEL_SIZE, y - LABEL_SIZE / 2, y + DOT - 1);
+        let candidates = [
+            (right, above),
+            (right, level),
+            (right, below),
+            (middle, above - 2),
+            (middle, below + 3),
+            (left, above),
+            (left, level),
+            (left, below),
+        ];
+        let free = candidates.into_iter().find(|&(left, top)| {
+            let place = ((left, top), (left + width, top + LABEL_SIZE));
+            left >= 0
+                && top >= 0
+                && left + width <= size.0
+                && top + LABEL_SIZE <= size.1
+                && !taken.iter().any(|other| overlap(other, &place))
+        });
+        if let Some((left, top)) = free {
+            taken.push(((left, top), (left + width, top + LABEL_SIZE)));
+        }
+        places.push(free);
+    }
+    places
 }
 
 fn framed<'a, 'b>(
     area: &'a Area<'b>,
     x: std::ops::Range<f64>,
     y: std::ops::Range<f64>,
-    x_axis: &str,
-    y_axis: &str,
+    (x_axis, y_axis): (&str, &str),
 ) -> Result<Chart<'a, 'b>> {
     let mut chart = ChartBuilder::on(area)
         .margin(8)
@@ -239,6 +291,21 @@ mod tests {
         let speeds = points.map(|point| SpeedPoint { tokens_per_second: 10.0, point });
         assert_eq!(speed_and_value("accuracy", &speeds).unwrap().matches("<circle").count(), 4);
         assert!(intervals("nothing", &[]).is_ok());
+    }
+
+    #[test]
+    fn labels_hide_no_dot_and_no_label() {
+        let dots = [(100, 100), (104, 100), (100, 106), (340, 100), (101, 101)];
+        let places = label_places(&dots, &["0", "1", "2", "33", "4"], (350, 350));
+        assert_eq!(places[0].map(|(left, _)| left > 100), Some(true));
+        assert!(places[3].is_some_and(|(left, _)| left + 16 <= 350), "it stays within the picture");
+        let boxes: Vec<_> = places.iter().flatten().collect();
+        assert!(boxes.len() >= 4);
+        for (place, a) in boxes.iter().enumerate() {
+            for b in &boxes[place + 1..] {
+                assert!((a.0 - b.0).abs() >= 8 || (a.1 - b.1).abs() >= LABEL_SIZE, "{a:?} {b:?}");
+            }
+        }
     }
 
     #[test]

@@ -12,6 +12,14 @@ pub struct MessageSettings {
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Messages")]
     pub report: Option<PathBuf>,
 
+    /// Append OpenLineage events to this file, a JSON object a line: which datasets and model made which output
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Messages")]
+    pub openlineage: Option<PathBuf>,
+
+    /// Write Prometheus metrics to this file, for node_exporter's textfile collector (a name ending in .prom)
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Messages")]
+    pub prometheus: Option<PathBuf>,
+
     /// How to show progress on standard error [default: auto]
     #[arg(long, value_enum, value_name = "HOW", help_heading = "Messages")]
     pub progress: Option<ProgressMode>,
@@ -61,6 +69,8 @@ impl MessageSettings {
         let says_how_much = self.quiet || self.verbose;
         MessageSettings {
             report: self.report.or(others.report),
+            openlineage: self.openlineage.or(others.openlineage),
+            prometheus: self.prometheus.or(others.prometheus),
             progress: self.progress.or(others.progress),
             log_format: self.log_format.or(others.log_format),
             quiet: if says_how_much { self.quiet } else { others.quiet },

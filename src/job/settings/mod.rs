@@ -13,6 +13,8 @@ mod score;
 mod tag;
 mod values;
 
+use std::path::Path;
+
 use clap::{CommandFactory, Parser, Subcommand};
 
 use super::job_file::JobFileIdentity;
@@ -51,6 +53,17 @@ pub struct Job {
     /// Where the settings come from, if from a file.
     pub file: Option<JobFileIdentity>,
     pub messages: MessageSettings,
+}
+
+impl Job {
+    /// What its runs have in common: the job file's name, or the command's and its output's.
+    pub fn name(&self) -> String {
+        let stem = |path: &Path| path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        match &self.file {
+            Some(file) => stem(&file.path),
+            None => format!("{}.{}", self.spec.command.name(), stem(&self.spec.output)),
+        }
+    }
 }
 
 impl JobSettings {
