@@ -4,7 +4,6 @@
 
 use candle_core::{D, Device, Result, Tensor};
 use candle_nn::ops::{sigmoid, softmax_last_dim};
-use candle_transformers::utils::repeat_kv;
 
 use super::HeadLayout;
 
@@ -13,10 +12,17 @@ use super::HeadLayout;
 pub fn padded_attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let (_, num_heads, _, head_dim) = q.dims4()?;
     let group_size = num_heads / k.dim(1)?;
-    let k = repeat_kv(k.clone(), group_size)?.contiguous()?;
-    let v = repeat_kv(v.clone(), group_size)?.contiguous()?;
+    let k = repeat_heads(k, group_size)?;
+    let v = repeat_heads(v, group_size)?;
     let scores = (q.contiguous()?.matmul(&k.t()?)? / (head_dim as f64).sqrt())?;
     softmax_last_dim(&scores.broadcast_add(mask)?)?.matmul(&v)
+}
+
+/// Key or value heads `x [B, K, T, D]` to `[B, K·group_size, T, D]`: each for all query heads of its group, which follow each other.
+fn repeat_heads(x: &Tensor, group_size: usize) -> Result<Tensor> {
+    let (batch, heads, tokens, head_dim) = x.dims4()?;
+    let repeated = x.unsqueeze(2)?.expand((batch, heads, group_size, tokens, head_dim))?;
+    repeated.reshape((batch, heads * group_size, tokens, head_dim))
 }
 
 /// The additive mask `[B, 1, T − past, T]` of left-padded rows, queries from column `past` on: 0 where query `i` sees key
