@@ -29,6 +29,9 @@ pub struct Outlets {
     labels: MetricLabels,
     started: DateTime<Utc>,
     lineage: Option<LineageRun>,
+    /// Whether the beginning was told: what could not be, is not told of the end either.
+    has_metrics: AtomicBool,
+    has_lineage: AtomicBool,
 }
 
 /// Writes the metrics of a run under way until it is dropped.
@@ -41,7 +44,14 @@ impl Outlets {
     /// The outlets of a run that begins now; `lineage` is asked for only where events are wanted.
     pub fn new(messages: &MessageSettings, labels: MetricLabels, lineage: impl FnOnce() -> LineageRun) -> Self {
         let lineage = messages.openlineage.is_some().then(lineage);
-        Self { messages: messages.clone(), labels, started: Utc::now(), lineage }
+        Self {
+            messages: messages.clone(),
+            labels,
+            started: Utc::now(),
+            lineage,
+            has_metrics: AtomicBool::new(false),
+            has_lineage: AtomicBool::new(false),
+        }
     }
 
     /// Tells that the run begins; what cannot be told is known before anything is computed.
@@ -49,13 +59,15 @@ impl Outlets {
     /// # Errors
     /// [`Error::Io`] when a file cannot be written.
     pub fn begin(&self) -> Result<()> {
+        if let Some(path) = &self.messages.prometheus {
+            self.write_progress(path, &Counters::default())?;
+            self.has_metrics.store(true, Ordering::Relaxed);
+        }
         if let (Some(path), Some(lineage)) = (&self.messages.openlineage, &self.lineage) {
             append_line(path, &lineage.start(self.started))?;
+            self.has_lineage.store(true, Ordering::Relaxed);
         }
-        match &self.messages.prometheus {
-            Some(path) => self.write_progress(path, &Counters::default()),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     /// Keeps the metrics of the run under `control` up to date.
@@ -119,10 +131,12 @@ impl Outlets {
         if let Some(path) = &self.messages.report {
             told(write_report(path, report))?;
         }
-        if let Some(path) = &self.messages.prometheus {
+        if let Some(path) = self.messages.prometheus.as_ref().filter(|_| self.has_metrics.load(Ordering::Relaxed)) {
             told(write_end_metrics(path, &self.labels, end, self.started, metrics))?;
         }
-        if let (Some(path), Some(lineage)) = (&self.messages.openlineage, &self.lineage) {
+        if let (Some(path), Some(lineage), true) =
+            (&self.messages.openlineage, &self.lineage, self.has_lineage.load(Ordering::Relaxed))
+        {
             told(event(lineage).and_then(|event| append_line(path, &event)))?;
         }
         Ok(())

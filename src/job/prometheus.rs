@@ -108,7 +108,8 @@ impl MetricsText {
         self.gauge("mistral_batch_run_start_timestamp_seconds", "When the last run began.", times.started);
         self.gauge("mistral_batch_run_end_timestamp_seconds", "When the last run ended.", times.ended);
         let help = "How long the last run took, from its start to its commit.";
-        self.gauge("mistral_batch_run_duration_seconds", help, times.ended - times.started);
+        let milliseconds = (1e3 * (times.ended - times.started)).round();
+        self.gauge("mistral_batch_run_duration_seconds", help, milliseconds / 1e3);
         let help = "When a run last did what it was asked.";
         match (succeeded, last_success(before)) {
             (true, _) => self.gauge(LAST_SUCCESS, help, times.ended),
