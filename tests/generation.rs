@@ -85,7 +85,7 @@ fn a_cached_step_is_the_same_to_the_bit_in_any_company() {
         let vocab_size = model.config().vocab_size;
         let prompts: Vec<_> = (0..40).map(|i| tokens(i, 1 + (i as usize * 13) % 60, vocab_size)).collect();
         let mut caches: Vec<_> = prompts.iter().map(|_| KvCache::new(model.config(), 80)).collect();
-        let mut alone: Vec<_> = caches.clone();
+        let mut alone: Vec<_> = caches.iter().map(|cache| cache.fork().unwrap()).collect();
         let mut new: Vec<_> = prompts.clone();
         for step in 0..6 {
             // From the third step on every other row is decoded in company of prompts' worth of tokens.

@@ -28,7 +28,7 @@ pub fn job_file(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let variables = Variables::new(BTreeMap::from([("date".to_owned(), "2026-01-01".to_owned())]));
     if let Ok(file) = JobFile::parse(Path::new("job.toml"), "/nowhere".into(), text) {
-        let _ = (file.job(&variables), file.report(&variables));
+        let _ = (file.job(&variables), file.messages(&variables));
     }
 }
 

@@ -66,7 +66,7 @@ fn rows(target: &OutputTarget) -> Vec<i32> {
             }
             OutputFormat::Jsonl | OutputFormat::Csv => {
                 let text = String::from_utf8(place.read().unwrap().unwrap().to_vec()).unwrap();
-                let number = |line: &str| line.trim_matches(|byte: char| !byte.is_ascii_digit()).parse().ok();
+                let number = |line: &str| line.trim_matches(|byte: char| !byte.is_ascii_digit()).parse::<i32>().ok();
                 rows.extend(text.lines().filter_map(number));
             }
         }
