@@ -74,7 +74,7 @@ impl FaultyStore {
 
     /// Lets somebody put `content` at `key` once as many objects were put.
     pub(crate) fn replace_after_puts(&self, puts: usize, key: &str, content: Vec<u8>) {
-        *self.replacement.lock().unwrap() = Some((puts, Key::from(key), content));
+        *self.replacement.lock().unwrap() = Some((puts, Key::parse(key).unwrap(), content));
     }
 
     /// Requests of a kind since the last fault for it was set.
@@ -120,12 +120,12 @@ fn block_on<T>(work: impl Future<Output = T>) -> T {
 /// Puts an object there, whatever stands there.
 pub(crate) fn put(store: &FaultyStore, key: &str, content: impl Into<Vec<u8>>) {
     let payload = PutPayload::from(content.into());
-    block_on(store.objects.put(&Key::from(key), payload)).unwrap();
+    block_on(store.objects.put(&Key::parse(key).unwrap(), payload)).unwrap();
 }
 
 /// Removes an object.
 pub(crate) fn remove(store: &FaultyStore, key: &str) {
-    block_on(store.objects.delete(&Key::from(key))).unwrap();
+    block_on(store.objects.delete(&Key::parse(key).unwrap())).unwrap();
 }
 
 fn unavailable() -> Error {
