@@ -16,8 +16,7 @@ use crate::text::Overflow;
 
 #[derive(Debug, Clone, Args, JsonSchema)]
 pub struct CommonSettings {
-    /// Dataset to read: a file, a glob, or a folder (with key=value subfolders as columns), or s3://, gs://, az:// in a
-    /// build with object stores; repeatable
+    /// Dataset to read: a file, a glob or a folder (with key=value subfolders as columns), a path or a URL; repeatable
     #[arg(short, long, value_name = "PATH|GLOB|DIR|URL", required = true, value_hint = ValueHint::AnyPath, help_heading = "Data")]
     input: Vec<String>,
 
