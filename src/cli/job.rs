@@ -27,10 +27,8 @@ pub fn run(job: Job) -> Result<()> {
     let lineage = || LineageRun::of_job(&labels.job_name, &spec, LineageEnvironment::of_process());
     let outlets = Arc::new(Outlets::new(&messages, labels.clone(), lineage));
     let control = Arc::new(RunControl::default());
-    let begun = outlets
-        .begin()
-        .and_then(|()| use_threads(threads))
-        .and_then(|()| Display::start(&messages, control.clone()));
+    let begun =
+        outlets.begin().and_then(|()| use_threads(threads)).and_then(|()| Display::start(&messages, control.clone()));
     let (display, result) = match begun {
         Ok(display) => {
             let watch = outlets.watch(control.clone());
