@@ -62,7 +62,7 @@ impl Job {
         let texts: Vec<String> =
             (0..ROWS).map(|row| "some words ".repeat(1 + row * 7 % 11) + &row.to_string()).collect();
         let input = scratch.texts("in.parquet", texts.iter().map(|text| Some(text.as_str())));
-        let mut job = Self { input, whole: read_parquet(&scratch.arg("in.parquet")), scratch };
+        let mut job = Self { input, whole: read_parquet(scratch.arg("in.parquet")), scratch };
         job.run("whole", None, &[]);
         job.whole = read_parquet(job.scratch.path("whole"));
         assert_eq!(job.whole.num_rows(), ROWS);

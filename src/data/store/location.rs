@@ -11,7 +11,7 @@ use object_store::path::PathPart;
 use object_store::{ObjectMeta, PutPayload};
 use serde::{Deserialize, Serialize};
 
-use super::object::{Answer, MAX_PUT_BYTES, Object};
+use super::object::{Answer, Children, MAX_PUT_BYTES, Object};
 use super::reader::Reader;
 use crate::error::{Error, Result, StoreFailure, StoreFailureKind};
 
@@ -169,7 +169,7 @@ impl Location {
         let mut entries: Vec<Entry> = Vec::new();
         match &self.object {
             Some(object) => {
-                let (objects, prefixes) = self.answered("list", object.children())?;
+                let Children { objects, prefixes } = self.answered("list", object.children())?;
                 let entry = |name: Option<&str>, identity| {
                     let name = name.unwrap_or_default().to_owned();
                     Entry { location: self.join(&name), name, identity }

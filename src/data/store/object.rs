@@ -240,14 +240,14 @@ impl Object {
     }
 
     /// The objects right below this prefix, and the prefixes there.
-    pub(super) fn children(&self) -> Answer<(Vec<(Object, Identity)>, Vec<Key>)> {
+    pub(super) fn children(&self) -> Answer<Children> {
         let (store, key) = (self.store.clone(), self.key.clone());
         let ListResult { objects, common_prefixes, .. } =
             self.wait(async move { store.list_with_delimiter(prefix(&key).as_ref()).await })?;
         // Some consoles make an object of the folder's own name.
         let objects = objects.into_iter().filter(|meta| meta.location != self.key);
         let objects = objects.map(|meta| (self.with_key(meta.location.clone()), Identity::of_object(&meta)));
-        Ok((objects.collect(), common_prefixes))
+        Ok(Children { objects: objects.collect(), prefixes: common_prefixes })
     }
 
     fn found<T: Send + 'static>(
@@ -280,6 +280,12 @@ impl Object {
             }),
         }
     }
+}
+
+/// What stands right below a prefix, in no order.
+pub(super) struct Children {
+    pub objects: Vec<(Object, Identity)>,
+    pub prefixes: Vec<Key>,
 }
 
 /// What became of a PUT.
