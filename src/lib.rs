@@ -5,12 +5,12 @@
 //! 1. [`job`] checks the request against the data and the checkpoint, cuts every input file into **units** (row
 //!    ranges), and opens the output. Nothing is computed until everything that can be wrong was looked at.
 //! 2. [`data`] reads a unit as a stream of windows: some thousand consecutive rows as an Arrow `RecordBatch`. `--where`
-//!    drops rows here.
+//!    drops rows here. Whether the bytes are a file's or an object's, only `data::store` knows.
 //! 3. [`text`] renders each row's prompt and tokenizes it on all cores, as transformers would: it becomes a [`batch::Sequence`].
 //! 4. [`batch`] sorts the window's sequences by length and cuts left-padded batches under a token budget; at the model's
 //!    door the padding is dropped, so that it costs no arithmetic.
-//! 5. [`model`] computes hidden states, token by token of all rows end to end, with the operations of [`kernels`];
-//!    one of [`heads`] reads its answer off them.
+//! 5. [`model`] computes hidden states, token by token of all rows end to end, with the operations of [`kernels`], which
+//!    has the code of each device; one of [`heads`] reads its answer off them.
 //!    A text to be completed goes another way here: [`generation`] keeps it live over many steps, one token each, with its
 //!    keys and values in a rolling cache.
 //! 6. [`engine`] hands each answer back to its row, so that the output's order is the input's.

@@ -13,6 +13,7 @@ use super::report::RunReport;
 
 /// The metric that outlives the runs after it that fail.
 const LAST_SUCCESS: &str = "mistral_batch_last_success_timestamp_seconds";
+const LAST_SUCCESS_HELP: &str = "When a run last did what it was asked.";
 
 /// What a file of metrics is about.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -110,14 +111,18 @@ impl MetricsText {
         let help = "How long the last run took, from its start to its commit.";
         let milliseconds = (1e3 * (times.ended - times.started)).round();
         self.gauge("mistral_batch_run_duration_seconds", help, milliseconds / 1e3);
-        let help = "When a run last did what it was asked.";
-        match (succeeded, last_success(before)) {
-            (true, _) => self.gauge(LAST_SUCCESS, help, times.ended),
-            (false, Some(line)) => {
-                self.family(LAST_SUCCESS, "gauge", help);
-                let _ = writeln!(self.text, "{line}");
-            }
-            (false, None) => {}
+        if succeeded {
+            self.gauge(LAST_SUCCESS, LAST_SUCCESS_HELP, times.ended);
+        } else {
+            self.keep_last_success(before);
+        }
+    }
+
+    /// Says again what an earlier run wrote of the last success.
+    fn keep_last_success(&mut self, before: &str) {
+        if let Some(line) = last_success(before) {
+            self.family(LAST_SUCCESS, "gauge", LAST_SUCCESS_HELP);
+            let _ = writeln!(self.text, "{line}");
         }
     }
 
@@ -189,10 +194,7 @@ impl MetricsText {
         self.counter("mistral_batch_progress_tokens_total", "Tokens of this run.", get(&counters.real_tokens));
         let help = "Units that this run has committed.";
         self.counter("mistral_batch_progress_units_total", help, get(&counters.parts));
-        if let Some(line) = last_success(before) {
-            self.family(LAST_SUCCESS, "gauge", "When a run last did what it was asked.");
-            let _ = writeln!(self.text, "{line}");
-        }
+        self.keep_last_success(before);
     }
 }
 
