@@ -239,7 +239,7 @@ impl Kernel for Task<'_> {
                 let begin = keys_of_tile.start / STEP * STEP;
                 let columns = keys_of_tile.end.next_multiple_of(STEP) - begin;
                 let tile_q = &q[row * head_dim..][..TILE_ROWS * head_dim];
-                tile_product::<S, false>(
+                tile_product::<S, TILE_ROWS, false>(
                     simd,
                     Operand { values: tile_q, stride: head_dim },
                     Operand { values: &keys[begin..], stride: BLOCK },
@@ -261,7 +261,7 @@ impl Kernel for Task<'_> {
                         softmax_row(simd, scores, &mut largest[row + i], &mut sums[(row + i) * STEP..][..STEP]);
                 }
                 let skipped = keys_of_tile.start - begin;
-                tile_product::<S, true>(
+                tile_product::<S, TILE_ROWS, true>(
                     simd,
                     Operand { values: &scores[skipped..], stride: BLOCK },
                     Operand { values: &values[keys_of_tile.start * padded_dim..], stride: padded_dim },
@@ -350,10 +350,12 @@ pub(super) struct Operand<'a> {
     pub(super) stride: usize,
 }
 
-/// `c = a·b`, or with `ADD` `c = factors·c + a·b`: `a [TILE_ROWS, depth]`, `b [depth, columns]`, `c [TILE_ROWS, columns]`.
+/// `c = a·b`, or with `ADD` `c = factors·c + a·b`: `a [R, depth]`, `b [depth, columns]`, `c [R, columns]`.
+///
+/// A row is the same to the bit with any R.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "a matrix product has as many")]
-pub(super) fn tile_product<S: Simd, const ADD: bool>(
+pub(super) fn tile_product<S: Simd, const R: usize, const ADD: bool>(
     simd: S,
     a: Operand,
     b: Operand,
@@ -361,12 +363,12 @@ pub(super) fn tile_product<S: Simd, const ADD: bool>(
     columns: usize,
     c: &mut [f32],
     c_stride: usize,
-    factors: &[f32; TILE_ROWS],
+    factors: &[f32; R],
 ) {
     assert!(columns.is_multiple_of(STEP) && depth > 0);
-    assert!(a.values.len() >= (TILE_ROWS - 1) * a.stride + depth);
+    assert!(a.values.len() >= (R - 1) * a.stride + depth);
     assert!(b.values.len() >= (depth - 1) * b.stride + columns);
-    assert!(c.len() >= (TILE_ROWS - 1) * c_stride + columns);
+    assert!(c.len() >= (R - 1) * c_stride + columns);
     let (a_stride, b_stride, a) = (a.stride, b.stride, a.values.as_ptr());
     let mut column = 0;
     while column < columns {
@@ -377,13 +379,13 @@ pub(super) fn tile_product<S: Simd, const ADD: bool>(
             let vectors = ((columns - column) / S::LANES).min(S::TILE_VECTORS);
             match vectors {
                 4 if S::TILE_VECTORS >= 4 => {
-                    panel::<S, 4, ADD>(simd, depth, a, a_stride, b, b_stride, c, c_stride, factors)
+                    panel::<S, R, 4, ADD>(simd, depth, a, a_stride, b, b_stride, c, c_stride, factors)
                 }
                 3 if S::TILE_VECTORS >= 3 => {
-                    panel::<S, 3, ADD>(simd, depth, a, a_stride, b, b_stride, c, c_stride, factors)
+                    panel::<S, R, 3, ADD>(simd, depth, a, a_stride, b, b_stride, c, c_stride, factors)
                 }
-                2 => panel::<S, 2, ADD>(simd, depth, a, a_stride, b, b_stride, c, c_stride, factors),
-                _ => panel::<S, 1, ADD>(simd, depth, a, a_stride, b, b_stride, c, c_stride, factors),
+                2 => panel::<S, R, 2, ADD>(simd, depth, a, a_stride, b, b_stride, c, c_stride, factors),
+                _ => panel::<S, R, 1, ADD>(simd, depth, a, a_stride, b, b_stride, c, c_stride, factors),
             }
             column += vectors * S::LANES;
         }
@@ -393,11 +395,11 @@ pub(super) fn tile_product<S: Simd, const ADD: bool>(
 /// One register tile of [`tile_product`]: `V` vectors of columns.
 ///
 /// # Safety
-/// `TILE_ROWS` rows of `depth` values of `a`, `depth` rows of `V` vectors of `b`, and `TILE_ROWS` rows of `V` vectors of
+/// `R` rows of `depth` values of `a`, `depth` rows of `V` vectors of `b`, and `R` rows of `V` vectors of
 /// `c` are there, at their strides.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "a matrix product has as many")]
-unsafe fn panel<S: Simd, const V: usize, const ADD: bool>(
+unsafe fn panel<S: Simd, const R: usize, const V: usize, const ADD: bool>(
     simd: S,
     depth: usize,
     a: *const f32,
@@ -406,11 +408,11 @@ unsafe fn panel<S: Simd, const V: usize, const ADD: bool>(
     b_stride: usize,
     c: *mut f32,
     c_stride: usize,
-    factors: &[f32; TILE_ROWS],
+    factors: &[f32; R],
 ) {
     // SAFETY: the caller vouches for the three matrices.
     unsafe {
-        let mut tile = [[simd.splat(0.0); V]; TILE_ROWS];
+        let mut tile = [[simd.splat(0.0); V]; R];
         if ADD {
             for (i, row) in tile.iter_mut().enumerate() {
                 let factor = simd.splat(factors[i]);

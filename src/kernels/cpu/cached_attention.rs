@@ -103,11 +103,13 @@ pub fn cached_attention(
     attend(level, qkv, &fresh, heads, window, shared);
 
     let key_values = (BLOCK * heads.head_dim, BLOCK * padded_dim(heads));
+    // Sequences are shared out first, and their heads only where there are too few of them.
+    let min_heads = if rings.len() >= 4 * rayon::current_num_threads() { heads.num_kv_heads } else { 1 };
     rings.par_iter_mut().zip(sequences.par_iter().zip(past_lens)).for_each(|(ring, (sequence, &past))| {
         let (capacity, blocks) = (ring.capacity, ring.capacity.div_ceil(BLOCK).max(1));
         let keys = ring.keys.par_chunks_mut(blocks * key_values.0);
         let values = ring.values.par_chunks_mut(blocks * key_values.1);
-        keys.zip(values).enumerate().for_each(|(kv_head, (keys, values))| {
+        keys.zip(values).with_min_len(min_heads).enumerate().for_each(|(kv_head, (keys, values))| {
             let tokens = sequence.clone();
             let fresh = is_fresh(sequence, past);
             let task = Task { qkv, heads, kv_head, tokens, past, fresh, capacity, keys, values, output: shared };
@@ -170,62 +172,70 @@ impl Task<'_> {
     /// The token's query heads of this key head over the first `count` slots.
     #[inline(always)]
     fn attend<S: Simd>(&self, simd: S, token: usize, count: usize) {
-        let (group, head_dim, padded_dim) = (self.heads.group_size(), self.heads.head_dim, padded_dim(self.heads));
-        let first_q = self.kv_head * group * head_dim;
-        let query = &self.qkv[token * self.heads.qkv_width() + first_q..][..group * head_dim];
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        let mut q = vec![0f32; TILE_ROWS * head_dim];
-        let mut sums_of_values = vec![0f32; TILE_ROWS * padded_dim];
-        let mut scores = [0f32; TILE_ROWS * BLOCK];
+        let group = self.heads.group_size();
         for first_head in (0..group).step_by(TILE_ROWS) {
-            let tile_heads = TILE_ROWS.min(group - first_head);
-            let query = &query[first_head * head_dim..][..tile_heads * head_dim];
-            q[query.len()..].fill(0.0);
-            for (q, query) in q.iter_mut().zip(query) {
-                *q = query * scale;
+            match group - first_head {
+                1 => self.attend_heads::<S, 1>(simd, token, first_head, count),
+                2 => self.attend_heads::<S, 2>(simd, token, first_head, count),
+                3 => self.attend_heads::<S, 3>(simd, token, first_head, count),
+                4 => self.attend_heads::<S, 4>(simd, token, first_head, count),
+                5 => self.attend_heads::<S, 5>(simd, token, first_head, count),
+                _ => self.attend_heads::<S, TILE_ROWS>(simd, token, first_head, count),
             }
-            sums_of_values.fill(0.0);
-            let mut sums = [0f32; TILE_ROWS * STEP];
-            let mut largest = [NO_SCORE; TILE_ROWS];
-            for block in 0..count.div_ceil(BLOCK) {
-                let block_len = BLOCK.min(count - block * BLOCK);
-                let columns = block_len.next_multiple_of(STEP);
-                let keys = &self.keys[block * head_dim * BLOCK..][..head_dim * BLOCK];
-                tile_product::<S, false>(
-                    simd,
-                    Operand { values: &q, stride: head_dim },
-                    Operand { values: keys, stride: BLOCK },
-                    head_dim,
-                    columns,
-                    &mut scores,
-                    BLOCK,
-                    &[0.0; TILE_ROWS],
-                );
-                let mut corrections = [0f32; TILE_ROWS];
-                for (i, scores) in scores.chunks_exact_mut(BLOCK).enumerate() {
-                    scores[block_len..columns].fill(f32::NEG_INFINITY);
-                    let sums = &mut sums[i * STEP..][..STEP];
-                    corrections[i] = softmax_row(simd, &mut scores[..columns], &mut largest[i], sums);
-                }
-                tile_product::<S, true>(
-                    simd,
-                    Operand { values: &scores, stride: BLOCK },
-                    Operand { values: &self.values[block * BLOCK * padded_dim..], stride: padded_dim },
-                    block_len,
-                    padded_dim,
-                    &mut sums_of_values,
-                    padded_dim,
-                    &corrections,
-                );
+        }
+    }
+
+    /// R of the group's query heads, from `first_head` on: a register tile.
+    #[inline(always)]
+    fn attend_heads<S: Simd, const R: usize>(&self, simd: S, token: usize, first_head: usize, count: usize) {
+        let (group, head_dim, padded_dim) = (self.heads.group_size(), self.heads.head_dim, padded_dim(self.heads));
+        let first_head = self.kv_head * group + first_head;
+        let query = &self.qkv[token * self.heads.qkv_width() + first_head * head_dim..][..R * head_dim];
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let q: Vec<f32> = query.iter().map(|query| query * scale).collect();
+        let mut sums_of_values = vec![0f32; R * padded_dim];
+        let mut scores = [[0f32; BLOCK]; R];
+        let mut sums = [[0f32; STEP]; R];
+        let mut largest = [NO_SCORE; R];
+        for block in 0..count.div_ceil(BLOCK) {
+            let block_len = BLOCK.min(count - block * BLOCK);
+            let columns = block_len.next_multiple_of(STEP);
+            let keys = &self.keys[block * head_dim * BLOCK..][..head_dim * BLOCK];
+            tile_product::<S, R, false>(
+                simd,
+                Operand { values: &q, stride: head_dim },
+                Operand { values: keys, stride: BLOCK },
+                head_dim,
+                columns,
+                scores.as_flattened_mut(),
+                BLOCK,
+                &[0.0; R],
+            );
+            let mut corrections = [0f32; R];
+            for (i, scores) in scores.iter_mut().enumerate() {
+                scores[block_len..columns].fill(f32::NEG_INFINITY);
+                corrections[i] = softmax_row(simd, &mut scores[..columns], &mut largest[i], &mut sums[i]);
             }
-            for head in 0..tile_heads {
-                let scale = 1.0 / sums[head * STEP..][..STEP].iter().sum::<f32>();
-                let start = token * self.heads.query_width() + first_q + (first_head + head) * head_dim;
-                // SAFETY: no other task writes this head of this token.
-                let output = unsafe { self.output.part(start, head_dim) };
-                for (output, value) in output.iter_mut().zip(&sums_of_values[head * padded_dim..]) {
-                    *output = value * scale;
-                }
+            tile_product::<S, R, true>(
+                simd,
+                Operand { values: scores.as_flattened(), stride: BLOCK },
+                Operand { values: &self.values[block * BLOCK * padded_dim..], stride: padded_dim },
+                block_len,
+                padded_dim,
+                &mut sums_of_values,
+                padded_dim,
+                &corrections,
+            );
+        }
+        // SAFETY: no other task writes these heads of this token.
+        let output =
+            unsafe { self.output.part(token * self.heads.query_width() + first_head * head_dim, R * head_dim) };
+        for ((output, values), sums) in
+            output.chunks_exact_mut(head_dim).zip(sums_of_values.chunks_exact(padded_dim)).zip(sums)
+        {
+            let scale = 1.0 / sums.iter().sum::<f32>();
+            for (output, value) in output.iter_mut().zip(values) {
+                *output = value * scale;
             }
         }
     }

@@ -9,12 +9,13 @@
 //! than 2^-28 of the largest input.
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::Once;
 
 use half::f16;
 use rayon::prelude::*;
 
-use super::linear::Place;
+use super::linear::{Ahead, Place};
 use super::panels::PANEL;
 use super::rows_per_task;
 use super::simd::{Kernel, Level, Simd, dispatch_at};
@@ -27,6 +28,10 @@ const CHAIN: usize = 64;
 const ROW_EXPONENT: i32 = 4;
 /// Rows of a register tile.
 const TILE_ROWS: usize = 14;
+/// Rows of a block that one thread rounds for itself: with 2,048 inputs each, 800 KiB of its core's second cache.
+const BLOCK_ROWS: usize = 98;
+/// So many blocks make it worth to share out blocks, and not the panels of a weight.
+const BLOCKS_PER_THREAD: usize = 4;
 
 /// What multiplies in f16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +78,8 @@ pub(super) fn warn_if_emulated() {
 /// Rows of inputs as f16.
 pub(super) struct HalfRows<'a> {
     depth: usize,
+    /// Which rows of the product they are.
+    rows: Range<usize>,
     /// Each input twice in one word, so that one broadcast of it fills a vector `[N, depth]`.
     pairs: &'a [u32],
     /// What brings a row's sums back to its own scale `[N]`; NaN where an input is not finite.
@@ -80,8 +87,8 @@ pub(super) struct HalfRows<'a> {
 }
 
 impl HalfRows<'_> {
-    pub(super) fn rows(&self) -> usize {
-        self.scales.len()
+    pub(super) fn rows(&self) -> Range<usize> {
+        self.rows.clone()
     }
 }
 
@@ -89,24 +96,55 @@ thread_local! {
     static HALF_ROWS: RefCell<(Vec<u32>, Vec<f32>)> = RefCell::default();
 }
 
-/// Rounds the rows of `x [N, depth]` to f16 and hands them to `work`.
-pub(super) fn with_half_rows(level: Level, x: &[f32], depth: usize, work: impl FnOnce(&HalfRows)) {
+/// Rounds rows of `x [N, depth]` to f16, block by block, and hands them to `work`, which may run in parallel itself.
+///
+/// Many rows are shared out among the threads, each of which rounds a block of them into its core's cache and works on it there;
+/// few rows are one block that all threads have rounded together.
+pub(super) fn for_each_half_rows(level: Level, x: &[f32], depth: usize, work: impl Fn(&HalfRows) + Sync) {
+    let (rows, threads) = (x.len() / depth, rayon::current_num_threads());
+    let blocks = rows.div_ceil(BLOCK_ROWS).next_multiple_of(threads);
+    if rows < BLOCKS_PER_THREAD * threads * BLOCK_ROWS {
+        return with_half_rows(level, x, depth, 0..rows, rows_per_task(depth), work);
+    }
+    // Blocks of like size, so that no thread waits for another's last one.
+    (0..blocks).into_par_iter().for_each(|block| {
+        let rows = rows * block / blocks..rows * (block + 1) / blocks;
+        with_half_rows(level, x, depth, rows, usize::MAX, &work);
+    });
+}
+
+/// Rounds some rows, `rows_at_once` in a task of their own.
+fn with_half_rows(
+    level: Level,
+    x: &[f32],
+    depth: usize,
+    rows: Range<usize>,
+    rows_at_once: usize,
+    work: impl FnOnce(&HalfRows),
+) {
+    let x = &x[rows.start * depth..rows.end * depth];
     // Taken, not borrowed: while it waits for others, a thread may begin another product.
     let (mut pairs, mut scales) = HALF_ROWS.take();
     if pairs.len() < x.len() {
         pairs.resize(x.len(), 0);
     }
-    if scales.len() < x.len() / depth {
-        scales.resize(x.len() / depth, 0.0);
+    if scales.len() < rows.len() {
+        scales.resize(rows.len(), 0.0);
     }
-    let (rounded, row_scales) = (&mut pairs[..x.len()], &mut scales[..x.len() / depth]);
-    let rows = rows_per_task(depth);
-    rounded
-        .par_chunks_mut(rows * depth)
-        .zip(row_scales.par_chunks_mut(rows))
-        .zip(x.par_chunks(rows * depth))
-        .for_each(|((pairs, scales), x)| dispatch_at(level, RoundRows { x, depth, pairs, scales }));
-    work(&HalfRows { depth, pairs: rounded, scales: row_scales });
+    let (rounded, row_scales) = (&mut pairs[..x.len()], &mut scales[..rows.len()]);
+    let round = |pairs: &mut [u32], scales: &mut [f32], x: &[f32]| {
+        dispatch_at(level, RoundRows { x, depth, pairs, scales });
+    };
+    if rows_at_once < rows.len() {
+        rounded
+            .par_chunks_mut(rows_at_once * depth)
+            .zip(row_scales.par_chunks_mut(rows_at_once))
+            .zip(x.par_chunks(rows_at_once * depth))
+            .for_each(|((pairs, scales), x)| round(pairs, scales, x));
+    } else {
+        round(rounded, row_scales, x);
+    }
+    work(&HalfRows { depth, rows, pairs: rounded, scales: row_scales });
     HALF_ROWS.set((pairs, scales));
 }
 
@@ -188,13 +226,20 @@ impl Kernel for HalfTask<'_> {
             let tile_rows = (place.rows.end - row).div_ceil(tiles - tile);
             let sums = &mut sums[..tile_rows * PANEL];
             sums.fill(0.0);
-            let inputs = &x.pairs[row * x.depth..][..tile_rows * x.depth];
+            let place_in_x = row - x.rows.start;
+            let inputs = &x.pairs[place_in_x * x.depth..][..tile_rows * x.depth];
+            place.prefetch_output(simd, row, tile_rows);
+            // The panel that follows, in parts, while this one is computed with.
+            let share = |tile: usize| size_of_val(panel) * tile / tiles;
+            for offset in (share(tile)..share(tile + 1)).step_by(Ahead::LINE_BYTES) {
+                simd.prefetch(panel.as_ptr_range().end.cast::<u8>().wrapping_add(offset));
+            }
             match unit {
                 HalfUnit::Emulated => emulated_product(inputs, x.depth, widened, sums),
                 #[cfg(target_arch = "x86_64")]
                 HalfUnit::Avx512Fp16 => x86::product(inputs, x.depth, panel, sums),
             }
-            for (sums, scale) in sums.chunks_exact_mut(PANEL).zip(&x.scales[row..]) {
+            for (sums, scale) in sums.chunks_exact_mut(PANEL).zip(&x.scales[place_in_x..]) {
                 for sum in sums {
                     *sum *= scale;
                 }

@@ -12,7 +12,7 @@ use candle_core::{CpuStorage, CustomOp2, InplaceOp3, Layout, Result, Shape, Tens
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::half_product::{HalfTask, HalfUnit, with_half_rows};
+use super::half_product::{HalfTask, HalfUnit, for_each_half_rows};
 use super::output::SharedOutput;
 use super::panels::{GATED, PANEL};
 use super::simd::{Kernel, Level, Simd, dispatch_at, exp};
@@ -26,6 +26,10 @@ const DEPTH_BLOCK: usize = 512;
 const TASK_ROWS: usize = 192;
 /// From this many rows on a panel in half precision is widened once, and not for each register tile.
 const WIDEN_ROWS: usize = 3 * TILE_ROWS;
+/// With more register tiles than this a block is computed on for much longer than it takes to come from memory.
+const MAX_PREFETCHING_TILES: usize = 12;
+/// Inputs that share one turn of a register tile's loop.
+const UNROLL: usize = 4;
 
 /// What a product multiplies and adds in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -160,13 +164,15 @@ impl Product {
     }
 
     fn run_on<W: Weight>(&self, x: &[f32], depth: usize, packed: &[W], output: &mut [f32]) {
-        self.for_each_task(x.len() / depth, depth, packed, output, |place, panel, scratch| {
+        let output = SharedOutput::new(output);
+        self.for_each_task(0..x.len() / depth, depth, packed, output, |place, panel, scratch| {
             dispatch_at(self.level, Task { place, x, panel, scratch });
         });
     }
 
     fn run_in_f16(&self, x: &[f32], depth: usize, packed: &[f16], output: &mut [f32]) {
-        with_half_rows(self.level, x, depth, |x| {
+        let output = SharedOutput::new(output);
+        for_each_half_rows(self.level, x, depth, |x| {
             self.for_each_task(x.rows(), depth, packed, output, |place, panel, Scratch { widened, sums }| {
                 let unit = self.half_unit;
                 dispatch_at(self.level, HalfTask { place, x, panel, unit, widened, sums });
@@ -177,21 +183,20 @@ impl Product {
     /// Runs `compute` for some rows and one panel at a time, on all threads.
     fn for_each_task<W: Sync>(
         &self,
-        rows: usize,
+        rows: Range<usize>,
         depth: usize,
         packed: &[W],
-        output: &mut [f32],
+        output: SharedOutput,
         compute: impl Fn(Place, &[W], &mut Scratch) + Sync,
     ) {
-        let output = SharedOutput::new(output);
         let width = self.epilogue.width();
         let panels = self.outputs.div_ceil(width);
         // Panel after panel for the same rows, which stay in the core's cache.
-        (0..panels * rows.div_ceil(TASK_ROWS)).into_par_iter().for_each(|task| {
-            let (panel, first_row) = (task % panels, task / panels * TASK_ROWS);
+        (0..panels * rows.len().div_ceil(TASK_ROWS)).into_par_iter().for_each(|task| {
+            let (panel, first_row) = (task % panels, rows.start + task / panels * TASK_ROWS);
             let place = Place {
                 depth,
-                rows: first_row..(first_row + TASK_ROWS).min(rows),
+                rows: first_row..(first_row + TASK_ROWS).min(rows.end),
                 columns: panel * width..((panel + 1) * width).min(self.outputs),
                 epilogue: self.epilogue,
                 output,
@@ -330,19 +335,35 @@ impl Place {
             if first == 0 {
                 sums.fill(0.0);
             }
+            if is_last {
+                self.prefetch_output(simd, row, tile_rows);
+            }
             let x = &x[row * self.depth + first..];
+            let ahead = if tiles <= MAX_PREFETCHING_TILES { Ahead::share(block, tile, tiles) } else { Ahead::NOTHING };
             match tile_rows {
-                1 => tile_product::<S, W, 1>(simd, x, self.depth, block, sums),
-                2 => tile_product::<S, W, 2>(simd, x, self.depth, block, sums),
-                3 => tile_product::<S, W, 3>(simd, x, self.depth, block, sums),
-                4 => tile_product::<S, W, 4>(simd, x, self.depth, block, sums),
-                5 => tile_product::<S, W, 5>(simd, x, self.depth, block, sums),
-                _ => tile_product::<S, W, 6>(simd, x, self.depth, block, sums),
+                1 => tile_product::<S, W, 1>(simd, x, self.depth, block, ahead, sums),
+                2 => tile_product::<S, W, 2>(simd, x, self.depth, block, ahead, sums),
+                3 => tile_product::<S, W, 3>(simd, x, self.depth, block, ahead, sums),
+                4 => tile_product::<S, W, 4>(simd, x, self.depth, block, ahead, sums),
+                5 => tile_product::<S, W, 5>(simd, x, self.depth, block, ahead, sums),
+                _ => tile_product::<S, W, 6>(simd, x, self.depth, block, ahead, sums),
             }
             if is_last {
                 self.finish(simd, row, sums);
             }
             row += tile_rows;
+        }
+    }
+
+    /// Asks for the lines of the output that [`Place::finish`] will write for `rows` rows from `row` on: they lie in as many pages, and
+    /// come while the products are computed.
+    #[inline(always)]
+    pub(super) fn prefetch_output<S: Simd>(&self, simd: S, row: usize, rows: usize) {
+        for row in row..row + rows {
+            let first = self.output.address(row * self.outputs + self.columns.start).cast::<u8>();
+            for line in (0..self.columns.len() * size_of::<f32>()).step_by(Ahead::LINE_BYTES) {
+                simd.prefetch_for_write(first.wrapping_add(line));
+            }
         }
     }
 
@@ -368,6 +389,32 @@ impl Place {
     }
 }
 
+/// Weights to bring into the core's cache while a register tile is computed.
+///
+/// With few rows, as in generation, a product waits for memory: the first tile reads a block from there, the others from the
+/// cache, and memory would be idle meanwhile. So they ask for the block that follows, which as a rule is this thread's next.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    from: *const u8,
+    /// Cache lines for each turn of the loop over inputs.
+    lines: usize,
+}
+
+impl Ahead {
+    const NOTHING: Self = Self { from: std::ptr::null(), lines: 0 };
+    pub(super) const LINE_BYTES: usize = 64;
+
+    /// The part of what follows `block` that tile number `tile` of `tiles` has to ask for.
+    fn share<W>(block: &[W], tile: usize, tiles: usize) -> Self {
+        let Some(number) = tile.checked_sub(1) else { return Self::NOTHING };
+        let turns = (block.len() / PANEL / UNROLL).max(1);
+        let lines = size_of_val(block).div_ceil(Self::LINE_BYTES * (tiles - 1) * turns);
+        // Beyond the weight's end nothing is read: an address is all that this is.
+        let from = block.as_ptr_range().end.cast::<u8>().wrapping_add(number * turns * lines * Self::LINE_BYTES);
+        Self { from, lines }
+    }
+}
+
 /// `sums = sums + x·block` for R rows of `x`, `block [depth, PANEL]` and `sums [R, PANEL]`.
 #[inline(always)]
 fn tile_product<S: Simd, W: Weight, const R: usize>(
@@ -375,6 +422,7 @@ fn tile_product<S: Simd, W: Weight, const R: usize>(
     x: &[f32],
     x_stride: usize,
     block: &[W],
+    ahead: Ahead,
     sums: &mut [f32],
 ) {
     let depth = block.len() / PANEL;
@@ -385,11 +433,12 @@ fn tile_product<S: Simd, W: Weight, const R: usize>(
         // assertion; panels are a multiple of both widths below.
         unsafe {
             let (block, sums) = (block.as_ptr().add(column), sums.as_mut_ptr().add(column));
+            let ahead = if column == 0 { ahead } else { Ahead::NOTHING };
             if S::TILE_VECTORS >= 4 {
-                panel::<S, W, R, 4>(simd, x.as_ptr(), x_stride, depth, block, sums);
+                panel::<S, W, R, 4>(simd, x.as_ptr(), x_stride, depth, block, ahead, sums);
                 column += 4 * S::LANES;
             } else {
-                panel::<S, W, R, 2>(simd, x.as_ptr(), x_stride, depth, block, sums);
+                panel::<S, W, R, 2>(simd, x.as_ptr(), x_stride, depth, block, ahead, sums);
                 column += 2 * S::LANES;
             }
         }
@@ -407,10 +456,9 @@ unsafe fn panel<S: Simd, W: Weight, const R: usize, const V: usize>(
     x_stride: usize,
     depth: usize,
     block: *const W,
+    ahead: Ahead,
     sums: *mut f32,
 ) {
-    /// Steps that share one turn of the loop.
-    const UNROLL: usize = 4;
     // SAFETY: the caller vouches for all three.
     unsafe {
         let mut tile = [[simd.splat(0.0); V]; R];
@@ -420,7 +468,12 @@ unsafe fn panel<S: Simd, W: Weight, const R: usize, const V: usize>(
             }
         }
         let mut k = 0;
+        let mut line = ahead.from;
         while k + UNROLL <= depth {
+            for _ in 0..ahead.lines {
+                simd.prefetch(line);
+                line = line.wrapping_add(Ahead::LINE_BYTES);
+            }
             for step in 0..UNROLL {
                 multiply_add::<S, W, R, V>(simd, x.add(k + step), x_stride, block.add((k + step) * PANEL), &mut tile);
             }

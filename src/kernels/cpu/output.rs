@@ -28,4 +28,10 @@ impl SharedOutput {
         // SAFETY: within the values, by the assertion; the caller vouches for the rest.
         unsafe { std::slice::from_raw_parts_mut(self.values.add(start), len) }
     }
+
+    /// The address of a value, which may lie beyond the last one: for prefetching.
+    #[inline(always)]
+    pub(super) fn address(&self, index: usize) -> *const f32 {
+        self.values.wrapping_add(index)
+    }
 }

@@ -25,6 +25,30 @@ pub(super) trait Simd: Copy {
     /// As [`Simd::mul_add`], of single values, for loops that the compiler vectorises.
     fn mul_add_f32(self, a: f32, b: f32, c: f32) -> f32;
 
+    /// Asks for the cache line of an address, which need not be one of anything, in the core's second cache.
+    #[inline(always)]
+    fn prefetch(self, address: *const u8) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a hint that never faults, and does nothing on a CPU that does not know it.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(address.cast())
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = address;
+    }
+
+    /// As [`Simd::prefetch`], of a line that will be written, in the core's first cache.
+    #[inline(always)]
+    fn prefetch_for_write(self, address: *const u8) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as for `prefetch`.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(address.cast())
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = address;
+    }
+
     /// # Safety
     /// `LANES` values from `src` on can be read.
     unsafe fn load(self, src: *const f32) -> Self::Vector;
