@@ -83,7 +83,7 @@ fn table() -> RecordBatch {
 }
 
 /// The table in every format that has a structure to damage: encodings, compressions and page versions of Parquet, and Arrow
-/// files and streams, compressed or not. Texts in delta encodings are left out: see "Not held" in `tests/FAULTS.md`.
+/// files and streams, compressed or not.
 fn seeds() -> Vec<(String, Vec<u8>)> {
     let table = table();
     let mut seeds = Vec::new();
@@ -99,6 +99,8 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
         ("dictionary", None),
         ("plain", Some((Encoding::PLAIN, Encoding::PLAIN, Encoding::PLAIN))),
         ("delta", Some((Encoding::DELTA_BINARY_PACKED, Encoding::PLAIN, Encoding::BYTE_STREAM_SPLIT))),
+        ("lengths", Some((Encoding::DELTA_BINARY_PACKED, Encoding::DELTA_LENGTH_BYTE_ARRAY, Encoding::PLAIN))),
+        ("prefixes", Some((Encoding::DELTA_BINARY_PACKED, Encoding::DELTA_BYTE_ARRAY, Encoding::PLAIN))),
         ("split", Some((Encoding::BYTE_STREAM_SPLIT, Encoding::PLAIN, Encoding::PLAIN))),
     ];
     for compression in compressions {

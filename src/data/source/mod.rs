@@ -8,6 +8,7 @@ pub(crate) mod arrow_ipc;
 pub(crate) mod csv;
 pub(crate) mod decode;
 pub(crate) mod jsonl;
+mod page_content;
 mod pages;
 pub(crate) mod parquet;
 mod thrift;

@@ -1,6 +1,7 @@
 //! What stands between a Parquet file and its decoder: claims that no honest file makes are refused, since the decoder allocates
 //! what it is told to, and the operating system's errors are kept, since the decoder turns them into text.
 
+use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -9,10 +10,11 @@ use arrow::error::ArrowError;
 use bytes::Bytes;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use parquet::errors::ParquetError;
-use parquet::file::metadata::{FooterTail, ParquetMetaDataReader};
+use parquet::file::metadata::{FooterTail, ParquetMetaData, ParquetMetaDataReader};
 use parquet::file::reader::{ChunkReader, Length};
 
 use super::decode::check_expansion;
+use super::page_content::{Chunk, PageClaim, PageLayout, check_content};
 use super::thrift::{Event, invalid, walk};
 
 /// Magic, and length of the metadata before it.
@@ -32,9 +34,21 @@ mod field {
     /// `PageHeader.uncompressed_page_size` and `.compressed_page_size`.
     pub const UNPACKED: i16 = 2;
     pub const PACKED: i16 = 3;
-    /// `PageHeader.dictionary_page_header.num_values`.
+    /// `PageHeader.data_page_header`, `.dictionary_page_header` and `.data_page_header_v2`.
+    pub const DATA: i16 = 5;
     pub const DICTIONARY: i16 = 7;
+    pub const DATA_V2: i16 = 8;
+    /// Of each of the three.
     pub const NUM_VALUES: i16 = 1;
+    /// `DataPageHeader.encoding`, `.definition_level_encoding` and `.repetition_level_encoding`.
+    pub const ENCODING: i16 = 2;
+    pub const DEFINITION_ENCODING: i16 = 3;
+    pub const REPETITION_ENCODING: i16 = 4;
+    /// `DataPageHeaderV2.encoding`, `.definition_levels_byte_length`, `.repetition_levels_byte_length` and `.is_compressed`.
+    pub const ENCODING_V2: i16 = 4;
+    pub const DEFINITION_BYTES: i16 = 5;
+    pub const REPETITION_BYTES: i16 = 6;
+    pub const IS_COMPRESSED: i16 = 7;
 }
 
 /// Reads the footer of a Parquet file.
@@ -153,11 +167,28 @@ impl FirstFailure {
 pub(super) struct CheckedPages<R> {
     inner: R,
     failure: FirstFailure,
+    /// By the place of their first page.
+    chunks: BTreeMap<u64, Chunk>,
+    claims: Claims,
 }
 
+/// What the headers read last say, by the place of the content that follows them.
+type Claims = Arc<Mutex<BTreeMap<u64, PageClaim>>>;
+
 impl<R: ChunkReader> CheckedPages<R> {
-    pub fn new(inner: R, failure: FirstFailure) -> Self {
-        Self { inner, failure }
+    pub fn new(inner: R, metadata: &ParquetMetaData, failure: FirstFailure) -> Self {
+        let columns = metadata.row_groups().iter().flat_map(|group| group.columns());
+        let chunks = columns.map(|column| {
+            let description = column.column_descr();
+            let chunk = Chunk {
+                compression: column.compression(),
+                max_definition_level: description.max_def_level(),
+                max_repetition_level: description.max_rep_level(),
+            };
+            let first = column.dictionary_page_offset().unwrap_or(column.data_page_offset());
+            (u64::try_from(first).unwrap_or(0), chunk)
+        });
+        Self { inner, failure, chunks: chunks.collect(), claims: Claims::default() }
     }
 }
 
@@ -172,21 +203,28 @@ impl<R: ChunkReader> ChunkReader for CheckedPages<R> {
 
     fn get_read(&self, start: u64) -> Result<Self::T, ParquetError> {
         let rest = self.inner.get_read(start).map_err(|error| self.failure.keep(error))?;
-        Ok(PageHeader { rest, failure: self.failure.clone(), head: None })
+        Ok(PageHeader { rest, start, failure: self.failure.clone(), claims: self.claims.clone(), head: None })
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes, ParquetError> {
         if start.checked_add(length as u64).is_none_or(|end| end > self.inner.len()) {
             return Err(ParquetError::EOF(format!("{length} bytes at {start} lie beyond the end of the file")));
         }
-        self.inner.get_bytes(start, length).map_err(|error| self.failure.keep(error))
+        let content = self.inner.get_bytes(start, length).map_err(|error| self.failure.keep(error))?;
+        let claim = self.claims.lock().unwrap_or_else(PoisonError::into_inner).remove(&start);
+        if let (Some(claim), Some((_, chunk))) = (claim, self.chunks.range(..=start).next_back()) {
+            check_content(&claim, chunk, &content)?;
+        }
+        Ok(content)
     }
 }
 
 /// The bytes of a page header, checked before the first of them is handed on.
 pub(super) struct PageHeader<R> {
     rest: R,
+    start: u64,
     failure: FirstFailure,
+    claims: Claims,
     /// What the check has read, and how much of it was handed on. The decoder also opens readers that it never reads.
     head: Option<(Vec<u8>, usize)>,
 }
@@ -197,7 +235,10 @@ impl<R: Read> Read for PageHeader<R> {
             Some(head) => head,
             None => {
                 let mut head = Vec::new();
-                check_page_header(Tee { input: &mut self.rest, copy: &mut head }).map_err(|error| self.keep(error))?;
+                let input = Tee { input: &mut self.rest, copy: &mut head };
+                let claim = check_page_header(input).map_err(|error| self.keep(error))?;
+                let content = self.start.saturating_add(head.len() as u64);
+                self.claims.lock().unwrap_or_else(PoisonError::into_inner).insert(content, claim);
                 self.head.insert((head, 0))
             }
         };
@@ -231,26 +272,69 @@ impl<R: Read> Read for Tee<'_, R> {
 }
 
 /// Refuses a page that claims to unpack to more than it can, or a dictionary of more values than bytes.
-fn check_page_header(input: impl Read) -> io::Result<()> {
-    let (mut unpacked, mut packed, mut dictionary) = (0, 0, 0);
+fn check_page_header(input: impl Read) -> io::Result<PageClaim> {
+    let mut header = HeaderFields::default();
     walk(input, MAX_PAGE_HEADER_BYTES, &mut |path, event| {
-        // The decoder cuts numbers to 32 bits too, and of a field that is there twice takes the last.
-        if let Event::Integer(number) = event {
-            let number = u64::try_from(number as i32).unwrap_or(0);
-            match path {
-                [field::UNPACKED] => unpacked = number,
-                [field::PACKED] => packed = number,
-                [field::DICTIONARY, field::NUM_VALUES] => dictionary = number,
-                _ => {}
-            }
+        match event {
+            // The decoder cuts numbers to 32 bits too, and of a field that is there twice takes the last.
+            Event::Integer(number) => header.keep(path, i64::from(number as i32)),
+            Event::Truth(truth) => header.keep(path, i64::from(truth)),
+            Event::End => {}
         }
         Ok(())
     })?;
-    check_expansion("a page", packed, unpacked).map_err(invalid)?;
+    let unpacked = header.natural(&[field::UNPACKED]);
+    check_expansion("a page", header.natural(&[field::PACKED]), unpacked).map_err(invalid)?;
+    let dictionary = header.natural(&[field::DICTIONARY, field::NUM_VALUES]);
     if dictionary > unpacked {
         return Err(invalid(format!("a dictionary claims {dictionary} values in {unpacked} bytes")));
     }
-    Ok(())
+    let kinds =
+        [field::DATA, field::DICTIONARY, field::DATA_V2].map(|kind| header.get(&[kind, field::NUM_VALUES]).is_some());
+    if kinds.into_iter().filter(|&is_there| is_there).count() > 1 {
+        return Err(invalid("a page's header is of two kinds at once"));
+    }
+    let layout = if kinds[0] {
+        PageLayout::Data {
+            values: header.natural(&[field::DATA, field::NUM_VALUES]),
+            encoding: header.get(&[field::DATA, field::ENCODING]).unwrap_or(-1),
+            definition_encoding: header.get(&[field::DATA, field::DEFINITION_ENCODING]).unwrap_or(-1),
+            repetition_encoding: header.get(&[field::DATA, field::REPETITION_ENCODING]).unwrap_or(-1),
+        }
+    } else if kinds[2] {
+        let levels = [field::DEFINITION_BYTES, field::REPETITION_BYTES];
+        PageLayout::DataV2 {
+            values: header.natural(&[field::DATA_V2, field::NUM_VALUES]),
+            encoding: header.get(&[field::DATA_V2, field::ENCODING_V2]).unwrap_or(-1),
+            levels_bytes: levels.into_iter().map(|levels| header.natural(&[field::DATA_V2, levels])).sum(),
+            is_compressed: header.get(&[field::DATA_V2, field::IS_COMPRESSED]) != Some(0),
+        }
+    } else {
+        PageLayout::Other
+    };
+    Ok(PageClaim { unpacked_bytes: unpacked, layout })
+}
+
+/// The numbers of a page header, by their path. Statistics have none, so they are few.
+#[derive(Default)]
+struct HeaderFields(HashMap<Vec<i16>, i64>);
+
+impl HeaderFields {
+    fn keep(&mut self, path: &[i16], number: i64) {
+        let kinds = [field::DATA, field::DICTIONARY, field::DATA_V2];
+        if path.len() == 1 || (path.len() == 2 && kinds.contains(&path[0])) {
+            self.0.insert(path.to_vec(), number);
+        }
+    }
+
+    fn get(&self, path: &[i16]) -> Option<i64> {
+        self.0.get(path).copied()
+    }
+
+    /// 0 for what is not there, or less.
+    fn natural(&self, path: &[i16]) -> u64 {
+        self.get(path).and_then(|number| u64::try_from(number).ok()).unwrap_or(0)
+    }
 }
 
 fn broken(message: &str) -> ParquetError {

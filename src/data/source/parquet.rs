@@ -61,7 +61,7 @@ pub(crate) fn open(
     guarded(stored.path(), String::new, || {
         let metadata = load_metadata(&file)?;
         let failure = FirstFailure::default();
-        let pages = CheckedPages::new(file, failure.clone());
+        let pages = CheckedPages::new(file, metadata.metadata(), failure.clone());
         let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(pages, metadata);
         if builder.metadata().num_row_groups() != group_starts.len() {
             return Err(broken("it has other row groups than before"));

@@ -13,6 +13,8 @@ const MAX_DEPTH: usize = 32;
 pub(super) enum Event {
     /// A field that is an integer.
     Integer(i64),
+    /// A field that is a truth value.
+    Truth(bool),
     /// The end of a struct.
     End,
 }
@@ -75,7 +77,7 @@ impl<R: Read> Walker<'_, R> {
             self.path.push(id);
             match kind {
                 // A field's truth stands in its header; an entry's is a byte.
-                kind::TRUE | kind::FALSE => {}
+                kind::TRUE | kind::FALSE => (self.visit)(&self.path, Event::Truth(kind == kind::TRUE))?,
                 kind => self.value(kind, depth)?,
             }
             self.path.pop();
@@ -202,6 +204,7 @@ mod tests {
             events(&bytes).unwrap(),
             [
                 integer(&[1], -3),
+                (vec![3], Event::Truth(true)),
                 integer(&[5, 2], 7),
                 (vec![5], Event::End),
                 (vec![5], Event::End),
