@@ -15,10 +15,12 @@ import tempfile
 from pathlib import Path
 
 GOLDENS = Path(__file__).resolve().parent.parent.parent / "tests" / "goldens"
-# Absolute, on logits, log-probabilities and hidden states of order 1 that came through every layer.
-TOLERANCES = {"f32": 1e-3, "f16": 2e-2, "bf16": 1.5e-1}
-# Between a row alone and in company: products of other widths sum in other orders.
-COMPANY = {"f32": 1e-4, "f16": 2e-2, "bf16": 1.5e-1}
+# Absolute, against f64. In half precision about what transformers 5.23 itself is away when it computes in that dtype (sdpa, on a
+# CPU): logits at most 9.7e-3 in f16 and 6.7e-2 in bf16, log-probabilities 3.1e-2 and 2.0e-1 (of values down to -16).
+TOLERANCES = {"f32": 1e-3, "f16": 1.5e-2, "bf16": 1e-1}
+LOGPROBS = {"f32": 1e-3, "f16": 4e-2, "bf16": 2.5e-1}
+# Between a row alone and in company: products of other widths may sum in other orders.
+COMPANY = {"f32": 1e-4, "f16": 1.5e-2, "bf16": 1e-1}
 CLASSIFIERS = ["cls-window-sharded", "cls-multilabel-bf16", "cls-nopad", "cls-pad-is-eos", "cls-regression-f16"]
 LANGUAGE_MODELS = ["lm-window", "lm-full-tied-bf16"]
 
@@ -111,9 +113,10 @@ class Check:
         rows = self.run("tag", name, [{"text": row["text"]} for row in golden], "--aggregation", "none")
         pairs, moved = [], 0
         for row, theirs in zip(rows, golden):
-            theirs = {(entity["start"], entity["end"]): entity for entity in theirs["pipeline_entities"]["none"]}
+            # With the word: the bytes of a character that the vocabulary lacks all have its place.
+            theirs = {(entity["start"], entity["end"], entity["word"]): entity for entity in theirs["pipeline_entities"]["none"]}
             for entity in row["entities"]:
-                found = theirs.get((entity["start"], entity["end"]))
+                found = theirs.get((entity["start"], entity["end"], entity["word"]))
                 if found is None or found["entity"] != entity["entity"]:
                     moved += 1
                 else:
@@ -126,7 +129,7 @@ class Check:
         golden = [row for row in read(name)["rows"] if row["token_logprobs_f64"]]
         rows = self.run("score", name, [{"text": row["text"]} for row in golden], "--logprobs")
         ours = [[token["logprob"] for token in row["token_logprobs"]] for row in rows]
-        self.compare(f"score {name}", flat(ours, [row["token_logprobs_f64"] for row in golden]))
+        self.compare(f"score {name}", flat(ours, [row["token_logprobs_f64"] for row in golden]), LOGPROBS[self.dtype])
 
     def generate(self, name: str) -> None:
         """Greedy tokens equal transformers' in f32; in half precision, whose near ties fall otherwise, only repeatability."""
@@ -160,7 +163,7 @@ def flat(ours: list[list[float]], theirs: list[list[float]]) -> list[tuple[float
 def tell(what: str, difference: float, tolerance: float) -> None:
     global failures
     failures += difference > tolerance
-    print(f"{'ok  ' if difference <= tolerance else 'FAIL'} {what}: {difference:.2e} (at most {tolerance:.0e})", flush=True)
+    print(f"{'ok  ' if difference <= tolerance else 'FAIL'} {what}: {difference:.2e} (at most {tolerance:.1e})", flush=True)
 
 
 if __name__ == "__main__":

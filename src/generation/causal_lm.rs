@@ -10,8 +10,9 @@ use super::sampler::Sampled;
 use super::{Decode, GreedyRun, StepModel};
 use crate::batch::{LeftPaddedBatch, PackedBatch};
 use crate::error::Result;
+use crate::kernels::Linear;
 use crate::model::reference::{self, PaddedCache};
-use crate::model::{Checkpoint, KvCache, Linear, MistralModel};
+use crate::model::{Checkpoint, KvCache, MistralModel};
 use crate::text::TextTokenizer;
 
 /// The base model and its language-model head.

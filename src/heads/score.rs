@@ -10,8 +10,9 @@ use rayon::prelude::*;
 use super::{Head, HeadOutput, TokenLogprob, check_architecture};
 use crate::batch::PackedBatch;
 use crate::error::Result;
+use crate::kernels::Linear;
 use crate::kernels::{self, cuda};
-use crate::model::{Architecture, Checkpoint, Linear, MistralModel};
+use crate::model::{Architecture, Checkpoint, MistralModel};
 use crate::text::{TextTokenizer, TokenDetail};
 
 /// Positions whose logits are held at a time: `[256, vocab_size]`, 32 MiB for a vocabulary of 32,768.

@@ -15,6 +15,7 @@ pub mod cuda;
 #[path = "no_cuda.rs"]
 pub mod cuda;
 mod heads;
+mod linear;
 mod ops;
 pub mod reference;
 
@@ -23,6 +24,7 @@ pub use cpu::{
     packed_swiglu_into,
 };
 pub use heads::HeadLayout;
+pub(crate) use linear::{GateUp, GateUpScratch, Linear};
 pub use ops::{
     RotaryAngles, VarlenSequences, add_rms_norm, begin_stream, buffer, host_rows, indices, mean_rows, project,
     rms_norm, rotary_embedding, select_rows, varlen_attention,

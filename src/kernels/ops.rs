@@ -19,6 +19,20 @@ pub struct RotaryAngles {
     pub positions: Option<Tensor>,
 }
 
+impl RotaryAngles {
+    /// Of tokens at `positions [N]`, from `tables` of cosines and sines by position, `[P, D/2]` both.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn at(tables: (Tensor, Tensor), positions: Tensor) -> Result<Self> {
+        let (cos, sin) = tables;
+        Ok(match positions.device() {
+            Device::Cuda(_) => Self { cos, sin, positions: Some(positions) },
+            _ => Self { cos: cos.index_select(&positions, 0)?, sin: sin.index_select(&positions, 0)?, positions: None },
+        })
+    }
+}
+
 /// Which tokens of a pass make up a sequence that attends within itself.
 pub struct VarlenSequences {
     /// `[B + 1]`

@@ -7,14 +7,13 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::linear::{GateUp, GateUpScratch, Linear};
 use super::profile::{Phase, Profile};
 use super::rotary::RotaryTable;
 use super::{Checkpoint, KvCache, MistralConfig};
 use crate::batch::PackedBatch;
 use crate::error::{Error, Result};
 use crate::kernels::cuda::{self, BlockPool};
-use crate::kernels::{self, RotaryAngles, VarlenSequences};
+use crate::kernels::{self, GateUp, GateUpScratch, Linear, RotaryAngles, VarlenSequences};
 
 /// One part in so many of a CUDA device's memory is not planned with.
 const KEPT_BACK: usize = 16;

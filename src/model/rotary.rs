@@ -34,7 +34,7 @@ impl RotaryTable {
     pub fn gather(&self, position_ids: &[u32]) -> Result<(Tensor, Tensor)> {
         let positions = position_ids.iter().max().map_or(0, |&p| p as usize) + 1;
         let (cos, sin) = self.tables(positions)?;
-        let index = Tensor::from_slice(position_ids, position_ids.len(), &self.device)?;
+        let index = kernels::indices(position_ids, &self.device)?;
         Ok((cos.index_select(&index, 0)?, sin.index_select(&index, 0)?))
     }
 
@@ -43,12 +43,8 @@ impl RotaryTable {
     /// # Errors
     /// As [`RotaryTable::gather`].
     pub fn angles(&self, position_ids: &[u32]) -> Result<RotaryAngles> {
-        if !self.device.is_cuda() {
-            let (cos, sin) = self.gather(position_ids)?;
-            return Ok(RotaryAngles { cos, sin, positions: None });
-        }
         let longest = position_ids.iter().max().map_or(0, |&p| p as usize) + 1;
-        self.angles_at(kernels::indices(position_ids, &self.device)?, longest)
+        RotaryAngles::at(self.tables(longest)?, kernels::indices(position_ids, &self.device)?)
     }
 
     /// What rotates tokens at `positions [N]`, which are below `longest`, on a CUDA device.

@@ -562,3 +562,19 @@ EXPORT int cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsign
                                    {{grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared_bytes, launches}, arguments));
     return SUCCESS;
 }
+
+// The runtime library: candle's quantized and mixture-of-experts kernels register themselves when a program starts. Nothing here
+// calls them, so they are not kept, and to launch one ends the program (`__cudaLaunchKernel` is only a name).
+
+EXPORT void** __cudaRegisterFatBinary(void*) {
+    static void* handle;
+    return &handle;
+}
+
+EXPORT void __cudaRegisterFatBinaryEnd(void**) {}
+
+EXPORT void __cudaUnregisterFatBinary(void**) {}
+
+EXPORT void __cudaRegisterFunction(void**, const char*, char*, const char*, int, void*, void*, void*, void*, int*) {}
+
+EXPORT void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}

@@ -86,7 +86,7 @@ fn norms_equal_the_oracle() {
                 let given = Buffer::floats(&x, dtype);
                 let norm = |given: &Buffer, seed| {
                     let normed = Buffer::new(rows * width, dtype);
-                    let args = [given.into(), (&weight).into(), (&normed).into(), Arg::F32(eps), Arg::U32(width)];
+                    let args = [given.into(), (&normed).into(), (&weight).into(), Arg::F32(eps), Arg::U32(width)];
                     launch(&named("rms_norm", dtype), (rows, 1, 1), 256, 0, &args, seed);
                     normed.to_f32()
                 };

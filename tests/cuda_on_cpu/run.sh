@@ -13,7 +13,7 @@ if [ "${1:-}" = test ]; then
   shift 4
   cat > "$dir/program-$dtype" <<PROGRAM
 #!/bin/sh
-case "\$1" in classify|tag|generate|score|embed) ;; *) exec env LD_LIBRARY_PATH="$dir" "$binary" "\$@" ;; esac
+case "\$1" in classify|tag|token-classify|generate|score|embed) ;; *) exec env LD_LIBRARY_PATH="$dir" "$binary" "\$@" ;; esac
 MISTRAL_BATCH_DEVICE=cuda:0 MISTRAL_BATCH_DTYPE=$dtype LD_LIBRARY_PATH="$dir" exec "$binary" "\$@"
 PROGRAM
   chmod +x "$dir/program-$dtype"
@@ -37,7 +37,7 @@ for source in cuda_on_cpu kernels driver blas; do
   objects+=("$dir/$source.o")
 done
 # What the binary imports and nothing here defines: to call it ends the program with its name.
-nm -D --undefined-only "$binary" | awk '{ sub(/@.*/, "", $2); print $2 }' | grep -E '^(cu[A-Z]|cublas|curand|nvrtc|cuda[A-Z])' | sort -u > "$dir/imported"
+nm -D --undefined-only "$binary" | awk '{ sub(/@.*/, "", $2); print $2 }' | grep -E '^(cu[A-Z]|cublas|curand|nvrtc|(__)?cuda[A-Z])' | sort -u > "$dir/imported"
 nm -g --defined-only "${objects[@]}" | awk 'NF == 3 { print $3 }' | sort -u > "$dir/defined"
 {
   echo 'namespace cuda_on_cpu { [[noreturn]] void unknown(const char* name); }'

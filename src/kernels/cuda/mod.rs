@@ -3,6 +3,8 @@
 //! Activations have one dtype T, bf16, f16 or f32; sums, softmax and norms are in f32 whatever it is, as are norm weights,
 //! logits and what heads read.
 
+#[cfg(feature = "flash-attn")]
+mod flash_attn;
 mod graph;
 mod kv_blocks;
 mod ops;

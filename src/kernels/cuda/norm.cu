@@ -78,7 +78,7 @@ __device__ void norm_rows(T* x, T* y, const float* weight, float eps, u32 width)
 // `rms_norm`: `normed` = the norm of `x`, which stays. `add_rms_norm`: `x` = x + y, then `y` = its norm.
 #define ENTRY(T, suffix)                                                                                              \
     extern "C" __global__ void __launch_bounds__(256)                                                                 \
-        rms_norm_##suffix(const T* x, const float* weight, T* normed, float eps, u32 width) {                         \
+        rms_norm_##suffix(const T* x, T* normed, const float* weight, float eps, u32 width) {                         \
         norm_rows<false>(const_cast<T*>(x), normed, weight, eps, width);                                              \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(256)                                                                 \

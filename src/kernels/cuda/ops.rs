@@ -70,27 +70,19 @@ pub fn to_f32(x: &Tensor) -> Result<Tensor> {
 
 /// As [`crate::kernels::rms_norm`].
 pub fn rms_norm(stream: &Tensor, weight: &Tensor, eps: f64) -> Result<()> {
-    let (tokens, width) = check_stream(stream, weight)?;
-    if tokens == 0 {
-        return Ok(());
-    }
-    let runtime = Runtime::of(stream.device())?;
-    let x = buffer(stream)?;
-    launch!(
-        runtime,
-        &format!("rms_norm_{}", suffix(x.dtype)?),
-        grid(tokens, 1, 1, VALUE_THREADS, 0),
-        x.pointer,
-        buffer_of(weight, DType::F32)?,
-        x.pointer + (tokens * width * x.dtype.size_in_bytes()) as u64,
-        eps as f32,
-        width as u32,
-    )
+    norm("rms_norm", stream, weight, eps)
 }
 
 /// As [`crate::kernels::add_rms_norm`].
 pub fn add_rms_norm(stream: &Tensor, weight: &Tensor, eps: f64) -> Result<()> {
-    let (tokens, width) = check_stream(stream, weight)?;
+    norm("add_rms_norm", stream, weight, eps)
+}
+
+fn norm(kernel: &str, stream: &Tensor, weight: &Tensor, eps: f64) -> Result<()> {
+    let (tokens, width) = match (stream.dims(), weight.dims()) {
+        (&[2, tokens, width], &[weights]) if width == weights && width > 0 => (tokens, width),
+        (stream, weight) => bail!("rms norm: expected [2, N, D] and [D], got {stream:?} and {weight:?}"),
+    };
     if tokens == 0 {
         return Ok(());
     }
@@ -98,7 +90,7 @@ pub fn add_rms_norm(stream: &Tensor, weight: &Tensor, eps: f64) -> Result<()> {
     let x = buffer(stream)?;
     launch!(
         runtime,
-        &format!("add_rms_norm_{}", suffix(x.dtype)?),
+        &format!("{kernel}_{}", suffix(x.dtype)?),
         grid(tokens, 1, 1, VALUE_THREADS, 0),
         x.pointer,
         x.pointer + (tokens * width * x.dtype.size_in_bytes()) as u64,
@@ -106,13 +98,6 @@ pub fn add_rms_norm(stream: &Tensor, weight: &Tensor, eps: f64) -> Result<()> {
         eps as f32,
         width as u32,
     )
-}
-
-fn check_stream(stream: &Tensor, weight: &Tensor) -> Result<(usize, usize)> {
-    match (stream.dims(), weight.dims()) {
-        (&[2, tokens, width], &[weights]) if width == weights && width > 0 => Ok((tokens, width)),
-        (stream, weight) => bail!("rms norm: expected [2, N, D] and [D], got {stream:?} and {weight:?}"),
-    }
 }
 
 /// Rotates query and key heads of `qkv [N, (H + 2K)·D]` in place; `cos` and `sin [P, D/2]` are tables by position, and
@@ -184,6 +169,8 @@ pub struct AttentionTiles {
     tiles: Tensor,
     count: usize,
     tokens: usize,
+    #[cfg(feature = "flash-attn")]
+    sequences: super::flash_attn::Sequences,
 }
 
 impl AttentionTiles {
@@ -205,7 +192,13 @@ impl AttentionTiles {
         tiles.sort_by_key(|tile| std::cmp::Reverse(keys(tile)));
         let count = tiles.len();
         let tiles = upload(tiles.as_flattened(), device)?;
-        Ok(Self { tiles, count, tokens: cu_seq_lens.last().map_or(0, |&end| end as usize) })
+        Ok(Self {
+            tiles,
+            count,
+            tokens: cu_seq_lens.last().map_or(0, |&end| end as usize),
+            #[cfg(feature = "flash-attn")]
+            sequences: super::flash_attn::Sequences::new(cu_seq_lens, device)?,
+        })
     }
 
     /// Whether there is no work.
@@ -231,6 +224,10 @@ pub fn varlen_attention(
     }
     if tiles.is_empty() {
         return Ok(());
+    }
+    #[cfg(feature = "flash-attn")]
+    if super::flash_attn::takes(qkv.dtype(), heads) {
+        return super::flash_attn::attend(context, qkv, &tiles.sequences, heads, window);
     }
     let runtime = Runtime::of(qkv.device())?;
     let source = buffer(qkv)?;

@@ -2,12 +2,14 @@
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
-use crate::kernels::{self, Arithmetic, cuda};
+use super::{
+    Arithmetic, buffer, cuda, pack_gate_up, pack_linear, packed_linear, packed_linear_into, packed_swiglu_into,
+};
 
 /// A matrix `[out, in]` without bias. On the CPU a row's result is the same to the last bit in any company.
 #[derive(Debug)]
 pub(crate) struct Linear {
-    /// On the CPU as [`kernels::pack_linear`] packs it; `[out, in]` on a CUDA device.
+    /// On the CPU as [`pack_linear`] packs it; `[out, in]` on a CUDA device.
     panels: Tensor,
     outputs: usize,
     arithmetic: Arithmetic,
@@ -17,7 +19,7 @@ impl Linear {
     /// Keeps `weight [out, in]` as its device needs it; on the CPU an f16 one for products in f16, an f32 one for
     /// products in f32, in half precision where that holds every value.
     pub(crate) fn new(weight: &Tensor) -> Result<Self> {
-        let panels = if weight.device().is_cuda() { weight.clone() } else { kernels::pack_linear(weight)? };
+        let panels = if weight.device().is_cuda() { weight.clone() } else { pack_linear(weight)? };
         Ok(Self { panels, outputs: weight.dim(0)?, arithmetic: arithmetic(weight) })
     }
 
@@ -30,11 +32,11 @@ impl Linear {
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match x.device() {
             Device::Cuda(_) => {
-                let output = kernels::buffer((x.dim(0)?, self.outputs), DType::F32, x.device())?;
+                let output = buffer((x.dim(0)?, self.outputs), DType::F32, x.device())?;
                 cuda::product_into(x, &self.panels, &output)?;
                 Ok(output)
             }
-            _ => kernels::packed_linear(x, &self.panels, self.outputs, self.arithmetic),
+            _ => packed_linear(x, &self.panels, self.outputs, self.arithmetic),
         }
     }
 
@@ -42,7 +44,7 @@ impl Linear {
     pub(crate) fn forward_into(&self, x: &Tensor, output: &Tensor) -> Result<()> {
         match x.device() {
             Device::Cuda(_) => cuda::product_into(x, &self.panels, output),
-            _ => kernels::packed_linear_into(x, &self.panels, output, self.arithmetic),
+            _ => packed_linear_into(x, &self.panels, output, self.arithmetic),
         }
     }
 
@@ -64,7 +66,7 @@ fn arithmetic(weight: &Tensor) -> Arithmetic {
 /// The gate and up projections of a feed-forward block, side by side.
 #[derive(Debug)]
 pub(crate) struct GateUp {
-    /// On the CPU as [`kernels::pack_gate_up`] packs them; `[2·intermediate, in]` on a CUDA device.
+    /// On the CPU as [`pack_gate_up`] packs them; `[2·intermediate, in]` on a CUDA device.
     panels: Tensor,
     intermediate: usize,
     arithmetic: Arithmetic,
@@ -78,7 +80,7 @@ pub(crate) struct GateUpScratch(Option<Tensor>);
 impl GateUpScratch {
     /// Memory for `tokens` rows.
     pub(crate) fn new(tokens: usize, intermediate: usize, dtype: DType, device: &Device) -> Result<Self> {
-        let products = || kernels::buffer((tokens, 2 * intermediate), dtype, device);
+        let products = || buffer((tokens, 2 * intermediate), dtype, device);
         Ok(Self(device.is_cuda().then(products).transpose()?))
     }
 }
@@ -86,14 +88,14 @@ impl GateUpScratch {
 impl GateUp {
     /// Keeps `weight [2·intermediate, in]`, gate first, as its device needs it.
     pub(crate) fn new(weight: &Tensor) -> Result<Self> {
-        let panels = if weight.device().is_cuda() { weight.clone() } else { kernels::pack_gate_up(weight)? };
+        let panels = if weight.device().is_cuda() { weight.clone() } else { pack_gate_up(weight)? };
         Ok(Self { panels, intermediate: weight.dim(0)? / 2, arithmetic: arithmetic(weight) })
     }
 
     /// `silu(gate) · up` of `x [N, in]`, to `gated [N, intermediate]`; `scratch` has at least N rows.
     pub(crate) fn forward_into(&self, x: &Tensor, gated: &Tensor, scratch: &GateUpScratch) -> Result<()> {
         let Some(products) = &scratch.0 else {
-            return kernels::packed_swiglu_into(x, &self.panels, gated, self.arithmetic);
+            return packed_swiglu_into(x, &self.panels, gated, self.arithmetic);
         };
         let products = products.narrow(0, 0, x.dim(0)?)?;
         cuda::product_into(x, &self.panels, &products)?;
@@ -103,7 +105,7 @@ impl GateUp {
     /// The two products of `x [N, in]` without the activation, gate first: `[N, 2·intermediate]`.
     pub(crate) fn products(&self, x: &Tensor) -> Result<Tensor> {
         let (panels, _, width) = self.panels.dims3()?;
-        let both = kernels::packed_linear(x, &self.panels, panels * width, self.arithmetic)?;
+        let both = packed_linear(x, &self.panels, panels * width, self.arithmetic)?;
         let both = both.reshape((x.dim(0)?, panels, 2, width / 2))?;
         let half = |half: usize| both.narrow(2, half, 1)?.flatten_from(1)?.narrow(1, 0, self.intermediate);
         Tensor::cat(&[half(0)?, half(1)?], D::Minus1)?.to_dtype(DType::F32)
