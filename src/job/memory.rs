@@ -8,6 +8,8 @@
 //! is not bounded: its text, its tokens up to `--max-length`, the activations of that many tokens. Nor is what writers of the input chose:
 //! pages and dictionaries of Parquet, record batches of Arrow.
 
+use std::sync::OnceLock;
+
 use super::command::CommandSpec;
 use super::devices::Devices;
 use super::generation::{CPU_KV_CACHE_BYTES, GenerateOptions};
@@ -25,6 +27,14 @@ const LEAST_WORKING_BYTES: u64 = 32 << 20;
 const LEAST_WINDOW_BYTES: u64 = 256 << 10;
 /// Batches of fewer tokens would compute slowly.
 const LEAST_BATCH_TOKENS: u64 = 128;
+
+static ON_LIMIT: OnceLock<fn()> = OnceLock::new();
+
+/// Has `give_back` called when a job has a `memory_limit`: what makes a program's allocator return freed memory at once.
+pub fn on_memory_limit(give_back: fn()) {
+    // The first one stays: a program has one allocator.
+    let _ = ON_LIMIT.set(give_back);
+}
 
 /// What a checkpoint takes in memory, by its files and shapes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +68,9 @@ impl WeightBytes {
 pub(super) fn fitted(spec: &JobSpec, checkpoint: &Checkpoint, devices: &Devices) -> Result<JobSpec> {
     let mut spec = spec.clone();
     let Some(limit) = spec.memory_limit else { return Ok(spec) };
+    if let Some(give_back) = ON_LIMIT.get() {
+        give_back();
+    }
     let mut weights = WeightBytes::of(checkpoint, &spec.command);
     if devices.are_cuda() {
         weights.held = 0; // each matrix goes to the device as it is loaded

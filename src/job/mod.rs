@@ -30,6 +30,7 @@ pub use control::{Counters, RunControl};
 pub use devices::{CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS, DeviceChoice, Devices};
 pub use generation::{CPU_KV_CACHE_BYTES, GenerateOptions};
 pub use job_file::{JobFile, JobFileIdentity};
+pub use memory::on_memory_limit;
 pub use models::ModelCache;
 pub use report::{Hashes, RunDetails, RunReport, Timings, UnitCounts};
 pub use runner::{JobIdentity, identify, run, run_sharing};

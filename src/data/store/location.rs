@@ -286,7 +286,7 @@ impl Identity {
     }
 
     pub(super) fn of_object(meta: &ObjectMeta) -> Self {
-        let etag = meta.e_tag.clone();
+        let etag = meta.e_tag.as_deref().map(quoted);
         let modified_ns = if etag.is_some() { None } else { meta.last_modified.timestamp_nanos_opt() };
         Self { size_bytes: meta.size, modified_ns, etag }
     }
@@ -298,6 +298,11 @@ impl Identity {
         }
         (now != self).then(|| "it was written to".to_owned())
     }
+}
+
+/// An etag as HTTP's headers have it. Azure's, a number in hexadecimal, stand in quotes in every reply but in its listings.
+fn quoted(etag: &str) -> String {
+    if etag.starts_with("0x") { format!("\"{etag}\"") } else { etag.to_owned() }
 }
 
 /// A file as it was when it was first looked at.
@@ -392,5 +397,30 @@ impl StoredFile {
             Some(message) => Err(Error::InputChanged { path: self.path().to_owned(), message }),
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use object_store::path::Path as Key;
+
+    use super::*;
+
+    #[test]
+    fn an_object_of_azures_listings_is_that_of_its_other_replies() {
+        let identity = |etag: &str| {
+            let meta = ObjectMeta {
+                location: Key::from("key"),
+                last_modified: Default::default(),
+                size: 3,
+                e_tag: Some(etag.to_owned()),
+                version: None,
+            };
+            Identity::of_object(&meta)
+        };
+        let (listed, asked) = (identity("0x8DD2A"), identity("\"0x8DD2A\""));
+        assert_eq!((listed.difference(&asked), listed.etag.as_deref()), (None, Some("\"0x8DD2A\"")));
+        assert!(listed.difference(&identity("0x8DD2B")).is_some());
+        assert_eq!(identity("W/\"a\"").etag.as_deref(), Some("W/\"a\""));
     }
 }
