@@ -6,12 +6,10 @@ use std::io::{self, Read};
 
 use parquet::basic::Compression;
 
-use super::thrift::invalid;
+use super::thrift::{invalid, varint};
 
 /// Values of a delta encoding in a byte: blocks of equal values have no bits for them. DuckDB's blocks of 2,048 come to 227.
 const MAX_VALUES_PER_BYTE: u64 = 1024;
-/// A count of values in ULEB128 that fits 64 bits.
-const MAX_ULEB_BYTES: usize = 10;
 
 /// The encodings that are looked at, as parquet.thrift numbers them.
 mod encoding {
@@ -202,16 +200,11 @@ fn after_delta_block(content: &[u8], most: u64) -> io::Result<&[u8]> {
 }
 
 fn uleb(rest: &mut &[u8]) -> io::Result<u64> {
-    let mut value = 0u64;
-    for place in 0..MAX_ULEB_BYTES {
+    varint(|| {
         let (&byte, after) = rest.split_first().ok_or_else(cut_short)?;
         *rest = after;
-        value |= u64::from(byte & 0x7f).checked_shl(7 * place as u32).unwrap_or(0);
-        if byte & 0x80 == 0 {
-            return Ok(value);
-        }
-    }
-    Err(invalid("a number in a page has no end"))
+        Ok(byte)
+    })
 }
 
 fn cut_short() -> io::Error {

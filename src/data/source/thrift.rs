@@ -150,17 +150,8 @@ impl<R: Read> Walker<'_, R> {
         }
     }
 
-    /// A number of seven bits a byte, the lowest first.
     fn varint(&mut self) -> io::Result<u64> {
-        let mut value = 0u64;
-        for shift in (0..64).step_by(7) {
-            let byte = self.byte()?;
-            value |= u64::from(byte & 0x7f) << shift;
-            if byte & 0x80 == 0 {
-                return Ok(value);
-            }
-        }
-        Err(invalid("its metadata has a number that never ends"))
+        varint(|| self.byte())
     }
 
     fn length(&mut self) -> io::Result<u64> {
@@ -172,6 +163,19 @@ impl<R: Read> Walker<'_, R> {
         let value = self.varint()?;
         Ok((value >> 1) as i64 ^ -((value & 1) as i64))
     }
+}
+
+/// A number of seven bits a byte, the lowest first.
+pub(super) fn varint(mut byte: impl FnMut() -> io::Result<u8>) -> io::Result<u64> {
+    let mut value = 0u64;
+    for shift in (0..64).step_by(7) {
+        let byte = byte()?;
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Ok(value);
+        }
+    }
+    Err(invalid("its metadata has a number that never ends"))
 }
 
 /// [`io::ErrorKind::InvalidData`], which tells damage from a failing disk.
