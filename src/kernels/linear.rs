@@ -2,9 +2,7 @@
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
-use super::{
-    Arithmetic, buffer, cuda, pack_gate_up, pack_linear, packed_linear, packed_linear_into, packed_swiglu_into,
-};
+use super::{Arithmetic, PackedMatrix, buffer, cuda, pack_gate_up, pack_linear, packed_linear, packed_linear_into};
 
 /// A matrix `[out, in]` without bias. On the CPU a row's result is the same to the last bit in any company.
 #[derive(Debug)]
@@ -48,6 +46,11 @@ impl Linear {
         }
     }
 
+    /// As the CPU's row blocks multiply with it.
+    pub(crate) fn packed(&self) -> PackedMatrix<'_> {
+        PackedMatrix { panels: &self.panels, outputs: self.outputs, is_gate_up: false, arithmetic: self.arithmetic }
+    }
+
     /// As [`Linear::forward`], on the host.
     pub(crate) fn forward_to_host(&self, x: &Tensor) -> Result<Vec<f32>> {
         let output = self.forward(x)?;
@@ -72,16 +75,23 @@ pub(crate) struct GateUp {
     arithmetic: Arithmetic,
 }
 
-/// Where the products of [`GateUp`] stand until the activation has read them: `[N, 2·intermediate]` on a CUDA device; the
-/// CPU's product keeps them in its cache.
+/// Where the products of [`GateUp`] on a CUDA device, and what passes the gate, stand until they are read; the CPU's row blocks
+/// keep both in their cores' caches.
 #[derive(Debug)]
-pub(crate) struct GateUpScratch(Option<Tensor>);
+pub(crate) struct GateUpScratch {
+    /// `[N, 2·intermediate]`
+    products: Tensor,
+    /// `[N, intermediate]`
+    gated: Tensor,
+}
 
 impl GateUpScratch {
     /// Memory for `tokens` rows.
     pub(crate) fn new(tokens: usize, intermediate: usize, dtype: DType, device: &Device) -> Result<Self> {
-        let products = || buffer((tokens, 2 * intermediate), dtype, device);
-        Ok(Self(device.is_cuda().then(products).transpose()?))
+        Ok(Self {
+            products: buffer((tokens, 2 * intermediate), dtype, device)?,
+            gated: buffer((tokens, intermediate), dtype, device)?,
+        })
     }
 }
 
@@ -92,14 +102,18 @@ impl GateUp {
         Ok(Self { panels, intermediate: weight.dim(0)? / 2, arithmetic: arithmetic(weight) })
     }
 
-    /// `silu(gate) · up` of `x [N, in]`, to `gated [N, intermediate]`; `scratch` has at least N rows.
-    pub(crate) fn forward_into(&self, x: &Tensor, gated: &Tensor, scratch: &GateUpScratch) -> Result<()> {
-        let Some(products) = &scratch.0 else {
-            return packed_swiglu_into(x, &self.panels, gated, self.arithmetic);
-        };
-        let products = products.narrow(0, 0, x.dim(0)?)?;
+    /// As the CPU's row blocks multiply with it.
+    pub(crate) fn packed(&self) -> PackedMatrix<'_> {
+        PackedMatrix { panels: &self.panels, outputs: self.intermediate, is_gate_up: true, arithmetic: self.arithmetic }
+    }
+
+    /// `silu(gate) · up` of `x [N, in]` on a CUDA device, in a part of `scratch`, which has at least N rows: `[N, intermediate]`.
+    pub(crate) fn forward(&self, x: &Tensor, scratch: &GateUpScratch) -> Result<Tensor> {
+        let products = scratch.products.narrow(0, 0, x.dim(0)?)?;
+        let gated = scratch.gated.narrow(0, 0, x.dim(0)?)?;
         cuda::product_into(x, &self.panels, &products)?;
-        cuda::silu_mul(&products, gated)
+        cuda::silu_mul(&products, &gated)?;
+        Ok(gated)
     }
 
     /// The two products of `x [N, in]` without the activation, gate first: `[N, 2·intermediate]`.

@@ -20,8 +20,8 @@ mod ops;
 pub mod reference;
 
 pub use cpu::{
-    Arithmetic, KvRing, cached_attention, narrowed, pack_gate_up, pack_linear, packed_linear, packed_linear_into,
-    packed_swiglu_into,
+    AfterAttention, Arithmetic, BeforeAttention, BetweenAttentions, KvRing, PackedMatrix, RowStep, cached_attention,
+    narrowed, pack_gate_up, pack_linear, packed_linear, packed_linear_into, packed_swiglu_into,
 };
 pub use heads::HeadLayout;
 pub(crate) use linear::{GateUp, GateUpScratch, Linear};

@@ -84,10 +84,7 @@ pub fn begin_stream(x: &Tensor, rows: &Tensor) -> Result<Tensor> {
             cuda::gather_rows_into(x, rows, &stream.get(0)?)?;
             Ok(stream)
         }
-        _ => {
-            let hidden_states = x.index_select(rows, 0)?.to_dtype(DType::F32)?;
-            Tensor::stack(&[&hidden_states, &hidden_states], 0)
-        }
+        _ => cpu::begin_stream(x, rows),
     }
 }
 

@@ -176,7 +176,6 @@ impl MistralModel {
                 let mut rings =
                     caches.iter_mut().map(|cache| cache.ring(index)).collect::<candle_core::Result<Vec<_>>>()?;
                 let (heads, window) = (self.config.heads(), self.config.sliding_window);
-                self.rotate(pass)?;
                 self.profile.time(Phase::Attention, || {
                     kernels::cached_attention(&pass.qkv, &batch.cu_seq_lens, &past_lens, &mut rings, heads, window)
                 })
@@ -198,7 +197,10 @@ impl MistralModel {
         let context = kernels::buffer((batch.num_tokens(), heads.query_width()), self.dtype, &self.device)?;
         let sequences = VarlenSequences::new(&batch.cu_seq_lens, window, &self.device)?;
         self.layers_forward(batch, positions, |_, pass| {
-            self.rotate(pass)?;
+            // On the CPU the row blocks have done so.
+            if let Some(positions) = &pass.rotary.positions {
+                cuda::rotary_embedding(&pass.qkv, &pass.rotary.cos, &pass.rotary.sin, positions, heads)?;
+            }
             self.profile.time(Phase::Attention, || {
                 kernels::varlen_attention(&context, &pass.qkv, &sequences, heads, window)?;
                 Ok(context.clone())
@@ -206,8 +208,8 @@ impl MistralModel {
         })
     }
 
-    /// All layers and the final norm; `attend` makes `[N, H·D]` of a layer's index and the pass, whose queries, keys and
-    /// values it has to rotate first.
+    /// All layers and the final norm; `attend` makes `[N, H·D]` of a layer's index and the pass, whose queries and keys it has to
+    /// rotate first on a CUDA device.
     pub(super) fn layers_forward(
         &self,
         batch: &PackedBatch,
@@ -219,7 +221,10 @@ impl MistralModel {
             let pass = self.pass(batch.num_tokens(), self.rotary.angles(&batch.position_ids)?)?;
             let stream =
                 self.profile.time(Phase::Embedding, || kernels::begin_stream(&self.embed_tokens, &input_ids))?;
-            self.run_layers(stream, &pass, positions, attend)
+            match &self.device {
+                Device::Cuda(_) => self.run_layers(stream, &pass, positions, attend),
+                _ => self.run_row_blocks(stream, &pass, positions, attend),
+            }
         };
         Ok(match &self.device {
             Device::Cuda(_) => run()?,
@@ -234,13 +239,15 @@ impl MistralModel {
         Ok(Pass {
             rotary,
             qkv: kernels::buffer((tokens, config.heads().qkv_width()), self.dtype, device)?,
-            gated: kernels::buffer((tokens, config.intermediate_size), self.dtype, device)?,
-            gate_up: GateUpScratch::new(tokens, config.intermediate_size, self.dtype, device)?,
+            gate_up: match device {
+                Device::Cuda(_) => Some(GateUpScratch::new(tokens, config.intermediate_size, self.dtype, device)?),
+                _ => None,
+            },
         })
     }
 
-    /// All layers and the final norm over `stream [2, N, hidden]`, whose first half holds embeddings: `[N, hidden]`, or the
-    /// rows at `positions`.
+    /// All layers and the final norm over `stream [2, N, hidden]`, whose first half holds embeddings, on a CUDA device:
+    /// `[N, hidden]`, or the rows at `positions`. On the CPU it is [`MistralModel::run_row_blocks`].
     pub(super) fn run_layers(
         &self,
         mut stream: Tensor,
@@ -249,7 +256,7 @@ impl MistralModel {
         mut attend: impl FnMut(usize, &Pass) -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Tensor> {
         let first_norm = self.layers.first().map_or(&self.norm, |first| &first.input_layernorm);
-        self.time_norm(|eps| kernels::rms_norm(&stream, first_norm, eps))?;
+        kernels::rms_norm(&stream, first_norm, self.config.rms_norm_eps)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let next = self.layers.get(index + 1);
             let wanted = positions.filter(|_| next.is_none());
@@ -257,16 +264,6 @@ impl MistralModel {
             stream = layer.forward(self, stream, pass, wanted, next_norm, |pass| attend(index, pass))?;
         }
         stream.get(1)
-    }
-
-    fn time_norm(&self, norm: impl FnOnce(f64) -> candle_core::Result<()>) -> candle_core::Result<()> {
-        self.profile.time(Phase::Norm, || norm(self.config.rms_norm_eps))
-    }
-
-    /// Rotates the queries and keys of a pass.
-    fn rotate(&self, pass: &Pass) -> candle_core::Result<()> {
-        let rotate = || kernels::rotary_embedding(&pass.qkv, &pass.rotary, self.config.heads());
-        self.profile.time(Phase::Rotary, rotate)
     }
 }
 
@@ -276,9 +273,8 @@ pub(super) struct Pass {
     pub(super) rotary: RotaryAngles,
     /// `[N, (H + 2K)·D]`
     pub(super) qkv: Tensor,
-    /// `[N, intermediate]`
-    gated: Tensor,
-    gate_up: GateUpScratch,
+    /// On a CUDA device.
+    gate_up: Option<GateUpScratch>,
 }
 
 impl DecoderLayer {
@@ -311,8 +307,8 @@ impl DecoderLayer {
         })
     }
 
-    /// `stream [2, N, hidden]`, hidden states and their norm, through the layer and `next_norm`; or only the tokens `wanted`
-    /// by what follows.
+    /// `stream [2, N, hidden]`, hidden states and their norm, through the layer and `next_norm` on a CUDA device; or only the
+    /// tokens `wanted` by what follows.
     fn forward(
         &self,
         model: &MistralModel,
@@ -322,23 +318,22 @@ impl DecoderLayer {
         next_norm: &Tensor,
         attend: impl FnOnce(&Pass) -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Tensor> {
-        let profile = &model.profile;
-        profile.time(Phase::QkvProjection, || self.qkv_proj.forward_into(&stream.get(1)?, &pass.qkv))?;
+        let Some(gate_up) = &pass.gate_up else { candle_core::bail!("a pass on the CPU goes by row blocks") };
+        let eps = model.config.rms_norm_eps;
+        self.qkv_proj.forward_into(&stream.get(1)?, &pass.qkv)?;
         let mut context = attend(pass)?; // [N, H·D]
 
         // Attention was the last step that mixes tokens: from here on each is computed alone.
-        let mut gated = pass.gated.clone();
         if let Some(positions) = wanted {
             context = kernels::select_rows(&context, positions)?;
             stream = kernels::begin_stream(&stream.get(0)?, positions)?;
-            gated = kernels::buffer((positions.dim(0)?, gated.dim(1)?), gated.dtype(), gated.device())?;
         }
         let block = stream.get(1)?;
-        profile.time(Phase::OutputProjection, || self.o_proj.forward_into(&context, &block))?;
-        model.time_norm(|eps| kernels::add_rms_norm(&stream, &self.post_attention_layernorm, eps))?;
-        profile.time(Phase::GateUpProjection, || self.gate_up_proj.forward_into(&block, &gated, &pass.gate_up))?;
-        profile.time(Phase::DownProjection, || self.down_proj.forward_into(&gated, &block))?;
-        model.time_norm(|eps| kernels::add_rms_norm(&stream, next_norm, eps))?;
+        self.o_proj.forward_into(&context, &block)?;
+        kernels::add_rms_norm(&stream, &self.post_attention_layernorm, eps)?;
+        let gated = self.gate_up_proj.forward(&block, gate_up)?;
+        self.down_proj.forward_into(&gated, &block)?;
+        kernels::add_rms_norm(&stream, next_norm, eps)?;
         Ok(stream)
     }
 }

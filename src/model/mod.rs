@@ -10,6 +10,7 @@ mod mistral;
 mod profile;
 pub mod reference;
 mod rotary;
+mod row_blocks;
 mod weights;
 
 pub use checkpoint::{Checkpoint, CheckpointIdentity};

@@ -1,7 +1,7 @@
 //! Where a model's time goes.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A part of the forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,7 +20,7 @@ pub(super) enum Phase {
 const NAMES: [&str; 8] =
     ["embedding", "norm", "qkv_proj", "rotary", "attention", "o_proj", "gate_up_proj", "down_proj"];
 
-/// Wall time of each part of the forward pass, summed over all passes of a model.
+/// Time of each part of the forward pass, summed over all passes of a model: where threads work side by side, of each its share.
 #[derive(Debug, Default)]
 pub struct Profile {
     nanoseconds: [AtomicU64; NAMES.len()],
@@ -41,8 +41,13 @@ impl Profile {
         }
         let started = Instant::now();
         let result = work();
-        self.nanoseconds[phase as usize].fetch_add(started.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        self.add(phase, started.elapsed());
         result
+    }
+
+    /// Adds time that was spent in `phase`; of work that all threads share, each thread's part of it.
+    pub(super) fn add(&self, phase: Phase, time: Duration) {
+        self.nanoseconds[phase as usize].fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
     }
 
     /// The name of each part and the seconds spent in it; nothing on a CUDA device.

@@ -8,28 +8,19 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use candle_core::{CpuStorage, CustomOp2, InplaceOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, InplaceOp3, Layout, Result, Shape, Storage, StorageRef, Tensor, bail};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::half_product::{HalfTask, HalfUnit, for_each_half_rows};
-use super::output::SharedOutput;
-use super::panels::{GATED, PANEL};
-use super::simd::{Kernel, Level, Simd, dispatch_at, exp};
+use super::half_product::{GROUP_INPUTS, HalfTask, HalfUnit, for_each_half_rows};
+use super::output::{Epilogue, Place, SharedOutput};
+use super::panels::PANEL;
+use super::simd::{Level, dispatch_at};
+use super::tile::{Scratch, Task, Weight};
 use super::{contiguous, contiguous_mut};
 
-/// Rows of a register tile.
-const TILE_ROWS: usize = 6;
-/// Inputs of a panel that are used at a time, by all rows of a task: 128 KiB of f32, which stays in the core's cache.
-const DEPTH_BLOCK: usize = 512;
 /// Rows of a task: enough to pay for bringing a panel into the cache.
 const TASK_ROWS: usize = 192;
-/// From this many rows on a panel in half precision is widened once, and not for each register tile.
-const WIDEN_ROWS: usize = 3 * TILE_ROWS;
-/// With more register tiles than this a block is computed on for much longer than it takes to come from memory.
-const MAX_PREFETCHING_TILES: usize = 12;
-/// Inputs that share one turn of a register tile's loop.
-const UNROLL: usize = 4;
 
 /// What a product multiplies and adds in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,7 +28,7 @@ pub enum Arithmetic {
     /// In f32, with the weights' stored values: the precision of every result that is not said to be another.
     #[default]
     F32,
-    /// Inputs are rounded to f16, and products added in f16 over 64 inputs at a time, these sums then in f32.
+    /// Inputs are rounded to f16, and products added in f16 over 128 at a time, these sums then in f32.
     ///
     /// A row's inputs are scaled by a power of two before, so that neither they nor their sums leave the range of f16. A CPU
     /// without AVX512-FP16 computes the same sums to the bit, slowly.
@@ -63,21 +54,73 @@ pub fn packed_swiglu_into(x: &Tensor, packed: &Tensor, gated: &Tensor, arithmeti
     gated.inplace_op3(x, packed, &Product::new(gated.dim(1)?, Epilogue::SwiGlu, arithmetic))
 }
 
-/// What becomes of a panel's sums.
-#[derive(Clone, Copy, PartialEq)]
-enum Epilogue {
-    /// They are the output.
-    Store,
-    /// `silu` of the first half times the second half is the output.
-    SwiGlu,
+/// A packed weight, and what becomes of products with it.
+#[derive(Clone, Copy)]
+pub struct PackedMatrix<'a> {
+    /// As [`super::pack_linear`] or, for a gate, [`super::pack_gate_up`] packs a weight.
+    pub panels: &'a Tensor,
+    /// Outputs of a row; of a gate, after the activation.
+    pub outputs: usize,
+    /// Whether products are a gate and what passes it.
+    pub is_gate_up: bool,
+    /// What products are computed in.
+    pub arithmetic: Arithmetic,
 }
 
-impl Epilogue {
-    /// Outputs of a panel.
-    fn width(self) -> usize {
-        match self {
-            Self::Store => PANEL,
-            Self::SwiGlu => GATED,
+impl<'a> PackedMatrix<'a> {
+    /// The weight's values for as long as they are in use.
+    pub(super) fn lock(&self) -> LockedMatrix<'a> {
+        let (storage, layout) = self.panels.storage_and_layout();
+        let epilogue = if self.is_gate_up { Epilogue::SwiGlu } else { Epilogue::Store };
+        LockedMatrix { storage, layout, product: Product::new(self.outputs, epilogue, self.arithmetic) }
+    }
+}
+
+/// A packed weight that nobody writes to.
+pub(super) struct LockedMatrix<'a> {
+    storage: StorageRef<'a>,
+    layout: &'a Layout,
+    product: Product,
+}
+
+impl LockedMatrix<'_> {
+    /// The product with it, for rows of `inputs` values.
+    pub(super) fn product(&self, inputs: usize) -> Result<RowProduct<'_>> {
+        let Storage::Cpu(storage) = &*self.storage else { bail!("packed linear: the weight is not on the CPU") };
+        self.product.with((storage, self.layout), inputs)
+    }
+}
+
+/// A product of any rows with one weight.
+pub(super) struct RowProduct<'a> {
+    product: &'a Product,
+    depth: usize,
+    packed: PackedValues<'a>,
+}
+
+enum PackedValues<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+    F16(&'a [f16]),
+    /// Multiplied in f16, too.
+    InF16(&'a [f16]),
+}
+
+impl RowProduct<'_> {
+    /// Outputs of a row.
+    pub(super) fn outputs(&self) -> usize {
+        self.product.outputs
+    }
+
+    /// The product with `x [N, depth]`, to `output [N, outputs]`.
+    pub(super) fn run(&self, x: &[f32], output: &mut [f32]) {
+        assert_eq!(x.len() / self.depth * self.product.outputs, output.len(), "as many rows on both sides");
+        let output = SharedOutput::new(output);
+        match self.packed {
+            PackedValues::F32(packed) => self.product.run_on(x, self.depth, packed, output),
+            PackedValues::Bf16(packed) => self.product.run_on(x, self.depth, packed, output),
+            PackedValues::F16(packed) => self.product.run_on(x, self.depth, packed, output),
+            PackedValues::InF16(packed) => self.product.run_in_f16(x, self.depth, packed, output),
         }
     }
 }
@@ -139,9 +182,8 @@ impl Product {
 
     /// Rows and depth, if the shapes go together.
     fn check(&self, x: &Layout, packed: &Layout) -> Result<(usize, usize)> {
-        let panels = self.outputs.div_ceil(self.epilogue.width());
         match (x.dims(), packed.dims()) {
-            (&[rows, depth], packed) if packed == [panels, depth, PANEL] && depth > 0 => Ok((rows, depth)),
+            (&[rows, depth], &[_, inputs, _]) if self.packed_inputs(depth) == inputs && depth > 0 => Ok((rows, depth)),
             (x, packed) => bail!("packed linear: {x:?} does not go with {packed:?} of {} outputs", self.outputs),
         }
     }
@@ -149,373 +191,90 @@ impl Product {
     fn run(&self, x: (&CpuStorage, &Layout), packed: (&CpuStorage, &Layout), output: &mut [f32]) -> Result<()> {
         let (_, depth) = self.check(x.1, packed.1)?;
         let x = contiguous(x.0, x.1, "packed linear")?;
-        let Some((begin, end)) = packed.1.contiguous_offsets() else {
-            bail!("packed linear: expected a contiguous weight, got {:?}", packed.1)
-        };
-        match (packed.0, self.arithmetic) {
-            (CpuStorage::F32(packed), Arithmetic::F32) => self.run_on(x, depth, &packed[begin..end], output),
-            (CpuStorage::BF16(packed), Arithmetic::F32) => self.run_on(x, depth, &packed[begin..end], output),
-            (CpuStorage::F16(packed), Arithmetic::F32) => self.run_on(x, depth, &packed[begin..end], output),
-            (CpuStorage::F16(packed), Arithmetic::F16) => self.run_in_f16(x, depth, &packed[begin..end], output),
-            (_, Arithmetic::F32) => bail!("packed linear: weights are f32, bf16 or f16"),
-            (_, Arithmetic::F16) => bail!("packed linear: weights of a product in f16 are f16"),
-        }
+        self.with(packed, depth)?.run(x, output);
         Ok(())
     }
 
-    fn run_on<W: Weight>(&self, x: &[f32], depth: usize, packed: &[W], output: &mut [f32]) {
-        let output = SharedOutput::new(output);
-        self.for_each_task(0..x.len() / depth, depth, packed, output, |place, panel, scratch| {
+    /// Inputs of a packed weight for rows of `depth` inputs.
+    fn packed_inputs(&self, depth: usize) -> usize {
+        match self.arithmetic {
+            Arithmetic::F32 => depth,
+            Arithmetic::F16 => depth.next_multiple_of(GROUP_INPUTS),
+        }
+    }
+
+    /// This product with a weight of `depth` inputs.
+    fn with<'a>(&'a self, packed: (&'a CpuStorage, &Layout), depth: usize) -> Result<RowProduct<'a>> {
+        let panels = self.outputs.div_ceil(self.epilogue.width());
+        if packed.1.dims() != [panels, self.packed_inputs(depth), PANEL] || depth == 0 {
+            bail!("packed linear: {depth} inputs do not go with {:?} of {} outputs", packed.1.dims(), self.outputs);
+        }
+        let Some((begin, end)) = packed.1.contiguous_offsets() else {
+            bail!("packed linear: expected a contiguous weight, got {:?}", packed.1)
+        };
+        let packed = match (packed.0, self.arithmetic) {
+            (CpuStorage::F32(packed), Arithmetic::F32) => PackedValues::F32(&packed[begin..end]),
+            (CpuStorage::BF16(packed), Arithmetic::F32) => PackedValues::Bf16(&packed[begin..end]),
+            (CpuStorage::F16(packed), Arithmetic::F32) => PackedValues::F16(&packed[begin..end]),
+            (CpuStorage::F16(packed), Arithmetic::F16) => PackedValues::InF16(&packed[begin..end]),
+            (_, Arithmetic::F32) => bail!("packed linear: weights are f32, bf16 or f16"),
+            (_, Arithmetic::F16) => bail!("packed linear: weights of a product in f16 are f16"),
+        };
+        Ok(RowProduct { product: self, depth, packed })
+    }
+
+    fn run_on<W: Weight>(&self, x: &[f32], depth: usize, packed: &[W], output: SharedOutput) {
+        let rows = x.len() / depth;
+        let rows_of = |task: usize| task * TASK_ROWS..((task + 1) * TASK_ROWS).min(rows);
+        self.for_each_task(rows.div_ceil(TASK_ROWS), rows_of, depth, packed, output, |_, place, panel, scratch| {
             dispatch_at(self.level, Task { place, x, panel, scratch });
         });
     }
 
-    fn run_in_f16(&self, x: &[f32], depth: usize, packed: &[f16], output: &mut [f32]) {
-        let output = SharedOutput::new(output);
+    fn run_in_f16(&self, x: &[f32], depth: usize, packed: &[f16], output: SharedOutput) {
         for_each_half_rows(self.level, x, depth, |x| {
-            self.for_each_task(x.rows(), depth, packed, output, |place, panel, Scratch { widened, sums }| {
-                let unit = self.half_unit;
-                dispatch_at(self.level, HalfTask { place, x, panel, unit, widened, sums });
+            let (unit, tiles) = (self.half_unit, x.tiles());
+            let tasks = x.rows(0..tiles).len().div_ceil(TASK_ROWS);
+            let tiles = |task: usize| tiles * task / tasks..tiles * (task + 1) / tasks;
+            let rows = |task| x.rows(tiles(task));
+            self.for_each_task(tasks, rows, depth, packed, output, |task, place, panel, Scratch { widened, sums }| {
+                dispatch_at(self.level, HalfTask { place, x, tiles: tiles(task), panel, unit, widened, sums });
             });
         });
     }
 
-    /// Runs `compute` for some rows and one panel at a time, on all threads.
+    /// Runs `compute` for the rows of one of `tasks` and one panel at a time, on all threads.
     fn for_each_task<W: Sync>(
         &self,
-        rows: Range<usize>,
+        tasks: usize,
+        rows: impl Fn(usize) -> Range<usize> + Sync,
         depth: usize,
         packed: &[W],
         output: SharedOutput,
-        compute: impl Fn(Place, &[W], &mut Scratch) + Sync,
+        compute: impl Fn(usize, Place, &[W], &mut Scratch) + Sync,
     ) {
         let width = self.epilogue.width();
         let panels = self.outputs.div_ceil(width);
+        let panel_len = self.packed_inputs(depth) * PANEL;
         // Panel after panel for the same rows, which stay in the core's cache.
-        (0..panels * rows.len().div_ceil(TASK_ROWS)).into_par_iter().for_each(|task| {
-            let (panel, first_row) = (task % panels, rows.start + task / panels * TASK_ROWS);
+        (0..panels * tasks).into_par_iter().for_each(|index| {
+            let (panel, task) = (index % panels, index / panels);
             let place = Place {
                 depth,
-                rows: first_row..(first_row + TASK_ROWS).min(rows.end),
+                rows: rows(task),
                 columns: panel * width..((panel + 1) * width).min(self.outputs),
                 epilogue: self.epilogue,
                 output,
                 outputs: self.outputs,
             };
-            let panel = &packed[panel * depth * PANEL..][..depth * PANEL];
-            SCRATCH.with_borrow_mut(|scratch| compute(place, panel, scratch));
+            let panel = &packed[panel * panel_len..][..panel_len];
+            SCRATCH.with_borrow_mut(|scratch| compute(task, place, panel, scratch));
         });
     }
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
-
-/// One thread's buffers.
-#[derive(Default)]
-struct Scratch {
-    /// A block of a panel as f32 `[DEPTH_BLOCK, PANEL]`.
-    widened: Vec<f32>,
-    /// Sums over the blocks so far, of all rows of a task or, where there is one block only, of a register tile: `[_, PANEL]`.
-    sums: Vec<f32>,
-}
-
-/// A stored weight that is computed on as f32.
-trait Weight: Copy + Send + Sync {
-    /// Whether loading costs more than loading f32.
-    const NARROW: bool;
-
-    /// # Safety
-    /// `S::LANES` values from `src` on can be read.
-    unsafe fn load<S: Simd>(simd: S, src: *const Self) -> S::Vector;
-}
-
-impl Weight for f32 {
-    const NARROW: bool = false;
-
-    #[inline(always)]
-    unsafe fn load<S: Simd>(simd: S, src: *const Self) -> S::Vector {
-        // SAFETY: the caller vouches for the values.
-        unsafe { simd.load(src) }
-    }
-}
-
-impl Weight for bf16 {
-    const NARROW: bool = true;
-
-    #[inline(always)]
-    unsafe fn load<S: Simd>(simd: S, src: *const Self) -> S::Vector {
-        // SAFETY: the caller vouches for the values.
-        unsafe { simd.load_bf16(src) }
-    }
-}
-
-impl Weight for f16 {
-    const NARROW: bool = true;
-
-    #[inline(always)]
-    unsafe fn load<S: Simd>(simd: S, src: *const Self) -> S::Vector {
-        // SAFETY: the caller vouches for the values.
-        unsafe { simd.load_f16(src) }
-    }
-}
-
-/// Some rows times one panel.
-struct Task<'a, W> {
-    place: Place,
-    /// `[N, depth]`
-    x: &'a [f32],
-    /// `[depth, PANEL]`
-    panel: &'a [W],
-    scratch: &'a mut Scratch,
-}
-
-/// Which rows of the input, and which part of the output, a task works on.
-pub(super) struct Place {
-    pub(super) depth: usize,
-    pub(super) rows: Range<usize>,
-    /// The panel's columns of the output; the last panel may have fewer than others.
-    columns: Range<usize>,
-    epilogue: Epilogue,
-    /// `[N, outputs]`
-    output: SharedOutput,
-    outputs: usize,
-}
-
-impl<W: Weight> Kernel for Task<'_, W> {
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let Task { place, x, panel, scratch: Scratch { widened, sums } } = self;
-        // Blocks of like size: a short last one would be all loads and stores of sums.
-        let block_depth = place.depth.div_ceil(place.depth.div_ceil(DEPTH_BLOCK));
-        let rows_of_sums = if block_depth < place.depth { place.rows.len() } else { TILE_ROWS };
-        if sums.len() < rows_of_sums * PANEL {
-            sums.resize(rows_of_sums * PANEL, 0.0);
-        }
-        for first in (0..place.depth).step_by(block_depth) {
-            let end = (first + block_depth).min(place.depth);
-            let block = &panel[first * PANEL..end * PANEL];
-            if W::NARROW && place.rows.len() >= WIDEN_ROWS {
-                widened.resize(DEPTH_BLOCK * PANEL, 0.0);
-                widen(simd, block, widened);
-                place.add_products(simd, x, first, &widened[..block.len()], sums);
-            } else {
-                place.add_products(simd, x, first, block, sums);
-            }
-        }
-    }
-}
-
-/// Copies whole rows of a panel as f32.
-#[inline(always)]
-fn widen<S: Simd, W: Weight>(simd: S, block: &[W], widened: &mut [f32]) {
-    for (wide, narrow) in widened.chunks_exact_mut(PANEL).zip(block.chunks_exact(PANEL)) {
-        for column in (0..PANEL).step_by(S::LANES) {
-            // SAFETY: both rows have PANEL values, which is a multiple of every vector's length.
-            unsafe { simd.store(wide.as_mut_ptr().add(column), W::load(simd, narrow.as_ptr().add(column))) };
-        }
-    }
-}
-
-impl Place {
-    /// Adds the products with one block of the panel's depth, from input `first` on. The first block starts the sums, the
-    /// last brings them to the output.
-    #[inline(always)]
-    fn add_products<S: Simd, W: Weight>(&self, simd: S, x: &[f32], first: usize, block: &[W], sums: &mut [f32]) {
-        let is_last = first + block.len() / PANEL == self.depth;
-        let is_only = is_last && first == 0;
-        let tiles = self.rows.len().div_ceil(TILE_ROWS);
-        let mut row = self.rows.start;
-        for tile in 0..tiles {
-            // Tiles of like size: the last rows alone would wait for each other's sums.
-            let tile_rows = (self.rows.end - row).div_ceil(tiles - tile);
-            let place = if is_only { 0 } else { row - self.rows.start };
-            let sums = &mut sums[place * PANEL..][..tile_rows * PANEL];
-            if first == 0 {
-                sums.fill(0.0);
-            }
-            if is_last {
-                self.prefetch_output(simd, row, tile_rows);
-            }
-            let x = &x[row * self.depth + first..];
-            let ahead = if tiles <= MAX_PREFETCHING_TILES { Ahead::share(block, tile, tiles) } else { Ahead::NOTHING };
-            match tile_rows {
-                1 => tile_product::<S, W, 1>(simd, x, self.depth, block, ahead, sums),
-                2 => tile_product::<S, W, 2>(simd, x, self.depth, block, ahead, sums),
-                3 => tile_product::<S, W, 3>(simd, x, self.depth, block, ahead, sums),
-                4 => tile_product::<S, W, 4>(simd, x, self.depth, block, ahead, sums),
-                5 => tile_product::<S, W, 5>(simd, x, self.depth, block, ahead, sums),
-                _ => tile_product::<S, W, 6>(simd, x, self.depth, block, ahead, sums),
-            }
-            if is_last {
-                self.finish(simd, row, sums);
-            }
-            row += tile_rows;
-        }
-    }
-
-    /// Asks for the lines of the output that [`Place::finish`] will write for `rows` rows from `row` on: they lie in as many pages, and
-    /// come while the products are computed.
-    #[inline(always)]
-    pub(super) fn prefetch_output<S: Simd>(&self, simd: S, row: usize, rows: usize) {
-        for row in row..row + rows {
-            let first = self.output.address(row * self.outputs + self.columns.start).cast::<u8>();
-            for line in (0..self.columns.len() * size_of::<f32>()).step_by(Ahead::LINE_BYTES) {
-                simd.prefetch_for_write(first.wrapping_add(line));
-            }
-        }
-    }
-
-    /// Brings the sums of the rows from `row` on to the output.
-    #[inline(always)]
-    pub(super) fn finish<S: Simd>(&self, simd: S, row: usize, sums: &[f32]) {
-        let width = self.columns.len();
-        for (i, sums) in sums.chunks_exact(PANEL).enumerate() {
-            // SAFETY: no other task has these columns of these rows, and no two of these parts are alive at a time.
-            let output = unsafe { self.output.part((row + i) * self.outputs + self.columns.start, width) };
-            match self.epilogue {
-                Epilogue::Store => output.copy_from_slice(&sums[..width]),
-                Epilogue::SwiGlu => {
-                    let (gate, up) = sums.split_at(GATED);
-                    let mut gated = [0f32; GATED];
-                    for ((gated, &gate), &up) in gated.iter_mut().zip(gate).zip(up) {
-                        *gated = gate / (1.0 + exp(simd, -gate)) * up;
-                    }
-                    output.copy_from_slice(&gated[..width]);
-                }
-            }
-        }
-    }
-}
-
-/// Weights to bring into the core's cache while a register tile is computed.
-///
-/// With few rows, as in generation, a product waits for memory: the first tile reads a block from there, the others from the
-/// cache, and memory would be idle meanwhile. So they ask for the block that follows, which as a rule is this thread's next.
-#[derive(Clone, Copy)]
-pub(super) struct Ahead {
-    from: *const u8,
-    /// Cache lines for each turn of the loop over inputs.
-    lines: usize,
-}
-
-impl Ahead {
-    const NOTHING: Self = Self { from: std::ptr::null(), lines: 0 };
-    pub(super) const LINE_BYTES: usize = 64;
-
-    /// The part of what follows `block` that tile number `tile` of `tiles` has to ask for.
-    fn share<W>(block: &[W], tile: usize, tiles: usize) -> Self {
-        let Some(number) = tile.checked_sub(1) else { return Self::NOTHING };
-        let turns = (block.len() / PANEL / UNROLL).max(1);
-        let lines = size_of_val(block).div_ceil(Self::LINE_BYTES * (tiles - 1) * turns);
-        // Beyond the weight's end nothing is read: an address is all that this is.
-        let from = block.as_ptr_range().end.cast::<u8>().wrapping_add(number * turns * lines * Self::LINE_BYTES);
-        Self { from, lines }
-    }
-}
-
-/// `sums = sums + x·block` for R rows of `x`, `block [depth, PANEL]` and `sums [R, PANEL]`.
-#[inline(always)]
-fn tile_product<S: Simd, W: Weight, const R: usize>(
-    simd: S,
-    x: &[f32],
-    x_stride: usize,
-    block: &[W],
-    ahead: Ahead,
-    sums: &mut [f32],
-) {
-    let depth = block.len() / PANEL;
-    assert!(block.len().is_multiple_of(PANEL) && x.len() >= (R - 1) * x_stride + depth && sums.len() >= R * PANEL);
-    let mut column = 0;
-    while column < PANEL {
-        // SAFETY: R rows of `depth` values are in `x`, `depth` rows of PANEL values in `block` and R in `sums`, by the
-        // assertion; panels are a multiple of both widths below.
-        unsafe {
-            let (block, sums) = (block.as_ptr().add(column), sums.as_mut_ptr().add(column));
-            let ahead = if column == 0 { ahead } else { Ahead::NOTHING };
-            if S::TILE_VECTORS >= 4 {
-                panel::<S, W, R, 4>(simd, x.as_ptr(), x_stride, depth, block, ahead, sums);
-                column += 4 * S::LANES;
-            } else {
-                panel::<S, W, R, 2>(simd, x.as_ptr(), x_stride, depth, block, ahead, sums);
-                column += 2 * S::LANES;
-            }
-        }
-    }
-}
-
-/// One register tile: R rows, V vectors of columns.
-///
-/// # Safety
-/// `x` has R rows of `depth` values, `block` `depth` rows and `sums` R rows of V vectors, both `PANEL` apart.
-#[inline(always)]
-unsafe fn panel<S: Simd, W: Weight, const R: usize, const V: usize>(
-    simd: S,
-    x: *const f32,
-    x_stride: usize,
-    depth: usize,
-    block: *const W,
-    ahead: Ahead,
-    sums: *mut f32,
-) {
-    // SAFETY: the caller vouches for all three.
-    unsafe {
-        let mut tile = [[simd.splat(0.0); V]; R];
-        for (i, row) in tile.iter_mut().enumerate() {
-            for (j, sum) in row.iter_mut().enumerate() {
-                *sum = simd.load(sums.add(i * PANEL + j * S::LANES));
-            }
-        }
-        let mut k = 0;
-        let mut line = ahead.from;
-        while k + UNROLL <= depth {
-            for _ in 0..ahead.lines {
-                simd.prefetch(line);
-                line = line.wrapping_add(Ahead::LINE_BYTES);
-            }
-            for step in 0..UNROLL {
-                multiply_add::<S, W, R, V>(simd, x.add(k + step), x_stride, block.add((k + step) * PANEL), &mut tile);
-            }
-            k += UNROLL;
-        }
-        while k < depth {
-            multiply_add::<S, W, R, V>(simd, x.add(k), x_stride, block.add(k * PANEL), &mut tile);
-            k += 1;
-        }
-        for (i, row) in tile.iter().enumerate() {
-            for (j, &sum) in row.iter().enumerate() {
-                simd.store(sums.add(i * PANEL + j * S::LANES), sum);
-            }
-        }
-    }
-}
-
-/// One input's part of a register tile's sums.
-///
-/// # Safety
-/// `x` has R values `x_stride` apart, `block` V vectors.
-#[inline(always)]
-unsafe fn multiply_add<S: Simd, W: Weight, const R: usize, const V: usize>(
-    simd: S,
-    x: *const f32,
-    x_stride: usize,
-    block: *const W,
-    tile: &mut [[S::Vector; V]; R],
-) {
-    // SAFETY: the caller vouches for both.
-    unsafe {
-        let mut weights = [simd.splat(0.0); V];
-        for (j, weight) in weights.iter_mut().enumerate() {
-            *weight = W::load(simd, block.add(j * S::LANES));
-        }
-        for (i, row) in tile.iter_mut().enumerate() {
-            let factor = simd.splat(*x.add(i * x_stride));
-            for (sum, weight) in row.iter_mut().zip(weights) {
-                *sum = simd.mul_add(factor, weight, *sum);
-            }
-        }
-    }
 }
 
 #[cfg(test)]

@@ -2,20 +2,25 @@
 
 mod attention;
 mod cached_attention;
+mod gather;
 mod half_product;
 mod linear;
 mod norm;
 mod output;
 mod panels;
 mod rotary;
+mod row_blocks;
 mod simd;
+mod tile;
 
 pub use attention::varlen_attention;
 pub use cached_attention::{KvRing, cached_attention};
-pub use linear::{Arithmetic, packed_linear, packed_linear_into, packed_swiglu_into};
+pub use gather::begin_stream;
+pub use linear::{Arithmetic, PackedMatrix, packed_linear, packed_linear_into, packed_swiglu_into};
 pub use norm::{add_rms_norm, rms_norm};
 pub use panels::{narrowed, pack_gate_up, pack_linear};
 pub use rotary::rotary_embedding;
+pub use row_blocks::{AfterAttention, BeforeAttention, BetweenAttentions, RowStep};
 
 use candle_core::{CpuStorage, Layout, Result, bail};
 

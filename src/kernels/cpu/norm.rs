@@ -44,12 +44,18 @@ impl InplaceOp2 for StreamNorm {
         let stream = contiguous_mut(stream, layout, "rms norm")?;
         let weight = contiguous(weight, weight_layout, "rms norm's weight")?;
         let (x, normed) = stream.split_at_mut(stream.len() / 2);
-        let step = rows_per_task(width) * width;
-        x.par_chunks_mut(step)
-            .zip(normed.par_chunks_mut(step))
-            .for_each(|(x, normed)| dispatch(NormRows { x, normed, weight, eps: self.eps, add: self.add }));
+        debug_assert_eq!(x.len() % width, 0);
+        norm_rows(x, normed, weight, self.eps, self.add);
         Ok(())
     }
+}
+
+/// Norms rows `x` to `normed [N, D]` both; with `add` after adding what `normed` holds to `x`.
+pub(super) fn norm_rows(x: &mut [f32], normed: &mut [f32], weight: &[f32], eps: f32, add: bool) {
+    let step = rows_per_task(weight.len()) * weight.len();
+    x.par_chunks_mut(step)
+        .zip(normed.par_chunks_mut(step))
+        .for_each(|(x, normed)| dispatch(NormRows { x, normed, weight, eps, add }));
 }
 
 struct NormRows<'a> {

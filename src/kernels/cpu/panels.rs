@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::contiguous;
-use super::half_product::{MAX_F16_WEIGHT, warn_if_emulated};
+use super::half_product::{GROUP_INPUTS, MAX_F16_WEIGHT, warn_if_emulated};
 
 /// Outputs of a panel.
 pub(super) const PANEL: usize = 64;
@@ -49,7 +49,7 @@ fn pack(weight: &Tensor, panels: usize, row_of: impl Fn(usize) -> Option<usize> 
             bail!("a weight of {value} is beyond {MAX_F16_WEIGHT}, up to which products are computed in f16; take f32");
         }
         warn_if_emulated();
-        return pack_as(values, depth, panels, row_of, |value| value);
+        return pack_in_pairs(values, depth, panels, row_of);
     }
     let values = contiguous(storage, layout, "packing")?;
     match narrowest(values) {
@@ -97,4 +97,26 @@ fn pack_as<V: Copy + Sync, W: WithDType + Send>(
         }
     });
     Tensor::from_vec(packed, (panels, depth, PANEL), &candle_core::Device::Cpu)
+}
+
+/// Panels of two halves, `[panels, 2, 4·⌈depth/8⌉, PANEL/2, 2]`: a column's weights of an even and of the odd input after it are
+/// neighbours.
+fn pack_in_pairs(
+    values: &[f16],
+    depth: usize,
+    panels: usize,
+    row_of: impl Fn(usize) -> Option<usize> + Sync,
+) -> Result<Tensor> {
+    let padded = depth.next_multiple_of(GROUP_INPUTS);
+    let mut packed = vec![f16::ZERO; panels * padded * PANEL];
+    packed.par_chunks_mut((padded * PANEL).max(1)).enumerate().for_each(|(panel, block)| {
+        for column in 0..PANEL {
+            let Some(row) = row_of(panel * PANEL + column) else { continue };
+            let half = &mut block[column / (PANEL / 2) * padded * PANEL / 2..];
+            for (k, &value) in values[row * depth..][..depth].iter().enumerate() {
+                half[k / 2 * PANEL + column % (PANEL / 2) * 2 + k % 2] = value;
+            }
+        }
+    });
+    Tensor::from_vec(packed, (panels, padded, PANEL), &candle_core::Device::Cpu)
 }

@@ -34,24 +34,34 @@ impl InplaceOp3 for RotaryEmbedding {
         sin: &CpuStorage,
         sin_layout: &Layout,
     ) -> Result<()> {
-        let tokens = self.heads.check_qkv(qkv_layout.dims())?;
-        let (width, half) = (self.heads.qkv_width(), self.heads.head_dim / 2);
-        if !self.heads.head_dim.is_multiple_of(2) {
-            bail!("rotary embedding: a head of {} has no halves", self.heads.head_dim);
-        }
-        if cos_layout.dims() != [tokens, half] || sin_layout.dims() != [tokens, half] {
-            let (cos, sin) = (cos_layout.dims(), sin_layout.dims());
-            bail!("rotary embedding: expected cos and sin of [{tokens}, {half}], got {cos:?} and {sin:?}");
-        }
+        check(qkv_layout.dims(), cos_layout.dims(), sin_layout.dims(), self.heads)?;
         let qkv = contiguous_mut(qkv, qkv_layout, "rotary embedding")?;
         let cos = contiguous(cos, cos_layout, "rotary embedding's cos")?;
         let sin = contiguous(sin, sin_layout, "rotary embedding's sin")?;
-        let rows = rows_per_task(width);
-        qkv.par_chunks_mut(rows * width)
-            .zip(cos.par_chunks(rows * half).zip(sin.par_chunks(rows * half)))
-            .for_each(|(qkv, (cos, sin))| dispatch(RotateRows { qkv, cos, sin, heads: self.heads }));
+        rotate_rows(qkv, cos, sin, self.heads);
         Ok(())
     }
+}
+
+/// Fails unless the shapes are those of [`rotary_embedding`].
+pub(super) fn check(qkv: &[usize], cos: &[usize], sin: &[usize], heads: HeadLayout) -> Result<()> {
+    let (tokens, half) = (heads.check_qkv(qkv)?, heads.head_dim / 2);
+    if !heads.head_dim.is_multiple_of(2) {
+        bail!("rotary embedding: a head of {} has no halves", heads.head_dim);
+    }
+    if cos != [tokens, half] || sin != [tokens, half] {
+        bail!("rotary embedding: expected cos and sin of [{tokens}, {half}], got {cos:?} and {sin:?}");
+    }
+    Ok(())
+}
+
+/// As [`rotary_embedding`], of rows that are plain slices.
+pub(super) fn rotate_rows(qkv: &mut [f32], cos: &[f32], sin: &[f32], heads: HeadLayout) {
+    let (width, half) = (heads.qkv_width(), heads.head_dim / 2);
+    let rows = rows_per_task(width);
+    qkv.par_chunks_mut(rows * width)
+        .zip(cos.par_chunks(rows * half).zip(sin.par_chunks(rows * half)))
+        .for_each(|(qkv, (cos, sin))| dispatch(RotateRows { qkv, cos, sin, heads }));
 }
 
 struct RotateRows<'a> {

@@ -5,7 +5,8 @@
 
 use half::{bf16, f16};
 
-use super::half_product::twice;
+/// Bytes of a cache line.
+pub(super) const LINE_BYTES: usize = 64;
 
 /// An instruction set, as a token that exists only where the CPU has it.
 ///
@@ -65,11 +66,11 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `LANES` values from `dst` on can be written.
     unsafe fn store(self, dst: *mut f32, value: Self::Vector);
-    /// Rounds to f16, to nearest with ties to even, and writes each value to both halves of a word.
+    /// Rounds to f16, to nearest with ties to even.
     ///
     /// # Safety
-    /// `LANES` words from `dst` on can be written.
-    unsafe fn store_f16_pairs(self, dst: *mut u32, value: Self::Vector);
+    /// `LANES` values from `dst` on can be written.
+    unsafe fn store_f16(self, dst: *mut f16, value: Self::Vector);
     /// `dst[c][r] = src[r][c]` for 8 rows and 8 columns.
     ///
     /// # Safety
@@ -229,9 +230,9 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn store_f16_pairs(self, dst: *mut u32, value: [f32; 4]) {
+    unsafe fn store_f16(self, dst: *mut f16, value: [f32; 4]) {
         // SAFETY: as for `load`.
-        unsafe { dst.cast::<[u32; 4]>().write(value.map(|value| twice(f16::from_f32(value)))) }
+        unsafe { dst.cast::<[f16; 4]>().write(value.map(f16::from_f32)) }
     }
 
     #[inline(always)]
@@ -328,12 +329,9 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn store_f16_pairs(self, dst: *mut u32, value: __m256) {
-            // SAFETY: as for `splat`, which proves F16C, too; the caller vouches for 8 words.
-            unsafe {
-                let words = _mm256_cvtepu16_epi32(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value));
-                _mm256_storeu_si256(dst.cast(), _mm256_or_si256(words, _mm256_slli_epi32::<16>(words)));
-            }
+        unsafe fn store_f16(self, dst: *mut f16, value: __m256) {
+            // SAFETY: as for `splat`, which proves F16C, too; the caller vouches for 8 values.
+            unsafe { _mm_storeu_si128(dst.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value)) }
         }
 
         #[inline(always)]
@@ -399,12 +397,9 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn store_f16_pairs(self, dst: *mut u32, value: __m512) {
-            // SAFETY: as for `splat`; the caller vouches for 16 words.
-            unsafe {
-                let words = _mm512_cvtepu16_epi32(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value));
-                _mm512_storeu_si512(dst.cast(), _mm512_or_si512(words, _mm512_slli_epi32::<16>(words)));
-            }
+        unsafe fn store_f16(self, dst: *mut f16, value: __m512) {
+            // SAFETY: as for `splat`; the caller vouches for 16 values.
+            unsafe { _mm256_storeu_si256(dst.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value)) }
         }
 
         #[inline(always)]
