@@ -10,7 +10,8 @@
 //! 4. [`batch`] sorts the window's sequences by length and cuts left-padded batches under a token budget; at the model's
 //!    door the padding is dropped, so that it costs no arithmetic.
 //! 5. [`model`] computes hidden states, token by token of all rows end to end, with the operations of [`kernels`], which
-//!    has the code of each device; one of [`heads`] reads its answer off them.
+//!    has the code of each device: on the CPU attention over all rows, and between two of them blocks of rows that stay in a
+//!    core's cache. One of [`heads`] reads its answer off them.
 //!    A text to be completed goes another way here: [`generation`] keeps it live over many steps, one token each, with its
 //!    keys and values in a rolling cache.
 //! 6. [`engine`] hands each answer back to its row, so that the output's order is the input's.

@@ -264,31 +264,20 @@ impl Kernel for HalfTask<'_> {
             place.prefetch_output(simd, row, tile_rows);
             for half in 0..2 {
                 let part = half * x.width * PANEL..(half + 1) * x.width * PANEL;
-                // The panel that follows, in parts, while this one is computed with.
-                let (part_of_next, parts) = (2 * (tile - tiles.start) + half, 2 * tiles.len());
-                let next = panel.as_ptr_range().end.cast::<u8>();
-                let ahead = Ahead {
-                    from: next.wrapping_add(size_of_val(panel) * part_of_next / parts),
-                    bytes: size_of_val(panel).div_ceil(parts * x.width),
-                };
                 let scales = &x.scales[place_in_x..][..tile_rows];
                 let sums = &mut sums[half * TILE_COLUMNS..];
                 match unit {
                     HalfUnit::Emulated => emulated_product(inputs, &widened[part], scales, sums),
                     #[cfg(target_arch = "x86_64")]
-                    HalfUnit::Avx512Fp16 => x86::product(inputs, &panel[part], ahead, scales, sums),
+                    HalfUnit::Avx512Fp16 => {
+                        let ahead = x86::Ahead::part(panel, 2 * (tile - tiles.start) + half, 2 * tiles.len());
+                        x86::product(inputs, &panel[part], ahead, scales, sums);
+                    }
                 }
             }
             place.finish(simd, row, sums);
         }
     }
-}
-
-/// What to ask for in each turn of a register tile's loop.
-#[derive(Clone, Copy)]
-struct Ahead {
-    from: *const u8,
-    bytes: usize,
 }
 
 /// The products of `x [width / GROUP, R, GROUP]` and `weights [width, TILE_COLUMNS, 2]` times `scales [R]`, to the first columns of
@@ -349,7 +338,27 @@ mod x86 {
 
     use half::f16;
 
-    use super::{Ahead, CHAIN, CHAINS, GROUP, PANEL, TILE_COLUMNS, TILE_ROWS};
+    use super::{CHAIN, CHAINS, GROUP, PANEL, TILE_COLUMNS, TILE_ROWS};
+
+    /// What follows in memory, to ask for while a register tile is computed: so many bytes in each turn of its loop.
+    #[derive(Clone, Copy)]
+    pub(super) struct Ahead {
+        from: *const u8,
+        bytes: usize,
+    }
+
+    impl Ahead {
+        #[cfg(test)]
+        pub(super) const NOTHING: Self = Self { from: std::ptr::null(), bytes: 0 };
+
+        /// Part number `part` of `parts` of the panel that follows `panel`, which as a rule is this thread's next one. Beyond the
+        /// weight's end nothing is read: an address is all that this is.
+        pub(super) fn part(panel: &[f16], part: usize, parts: usize) -> Self {
+            let (bytes, turns) = (size_of_val(panel), panel.len() / (2 * PANEL));
+            let from = panel.as_ptr_range().end.cast::<u8>().wrapping_add(bytes * part / parts);
+            Self { from, bytes: bytes.div_ceil(parts * turns) }
+        }
+    }
 
     /// As [`super::emulated_product`], with weights in f16, for up to [`TILE_ROWS`] rows.
     pub(super) fn product(x: &[u32], weights: &[f16], ahead: Ahead, scales: &[f32], sums: &mut [f32]) {
@@ -518,7 +527,7 @@ mod tests {
             #[cfg(target_arch = "x86_64")]
             if HalfUnit::available().contains(&HalfUnit::Avx512Fp16) {
                 let mut native = vec![0f32; rows * PANEL];
-                x86::product(&x, &weights, Ahead { from: std::ptr::null(), bytes: 0 }, &scales, &mut native);
+                x86::product(&x, &weights, x86::Ahead::NOTHING, &scales, &mut native);
                 assert_eq!(native, emulated, "{rows} rows of {width}");
             }
             // Against exact sums: each of the roundings is half a unit in the last place of a sum so far.
