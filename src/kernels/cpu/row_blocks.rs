@@ -404,7 +404,7 @@ mod tests {
     fn blocks_of_rows_equal_steps_over_all_rows_to_the_bit() {
         for arithmetic in [Arithmetic::F32, Arithmetic::F16] {
             let weights = Weights::new(arithmetic);
-            for (tokens, threads, blocks) in [(1, 1, 1), (95, 2, 1), (200, 2, 2), (333, 3, 3), (5000, 2, 4)] {
+            for (tokens, threads, blocks) in [(1, 1, 1), (95, 2, 1), (200, 2, 2), (333, 3, 3), (9000, 2, 4)] {
                 let (x, context) = (random(tokens, HIDDEN, 7), random(tokens, HEADS.query_width(), 8));
                 let angles = random(tokens, HEADS.head_dim / 2, 9);
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
