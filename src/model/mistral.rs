@@ -198,8 +198,8 @@ impl MistralModel {
         let sequences = VarlenSequences::new(&batch.cu_seq_lens, window, &self.device)?;
         self.layers_forward(batch, positions, |_, pass| {
             // On the CPU the row blocks have done so.
-            if let Some(positions) = &pass.rotary.positions {
-                cuda::rotary_embedding(&pass.qkv, &pass.rotary.cos, &pass.rotary.sin, positions, heads)?;
+            if self.device.is_cuda() {
+                kernels::rotary_embedding(&pass.qkv, &pass.rotary, heads)?;
             }
             self.profile.time(Phase::Attention, || {
                 kernels::varlen_attention(&context, &pass.qkv, &sequences, heads, window)?;
@@ -261,7 +261,8 @@ impl MistralModel {
             let next = self.layers.get(index + 1);
             let wanted = positions.filter(|_| next.is_none());
             let next_norm = next.map_or(&self.norm, |next| &next.input_layernorm);
-            stream = layer.forward(self, stream, pass, wanted, next_norm, |pass| attend(index, pass))?;
+            let eps = self.config.rms_norm_eps;
+            stream = layer.forward(stream, pass, wanted, (next_norm, eps), |pass| attend(index, pass))?;
         }
         stream.get(1)
     }
@@ -311,15 +312,13 @@ impl DecoderLayer {
     /// tokens `wanted` by what follows.
     fn forward(
         &self,
-        model: &MistralModel,
         mut stream: Tensor,
         pass: &Pass,
         wanted: Option<&Tensor>,
-        next_norm: &Tensor,
+        (next_norm, eps): (&Tensor, f64),
         attend: impl FnOnce(&Pass) -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Tensor> {
         let Some(gate_up) = &pass.gate_up else { candle_core::bail!("a pass on the CPU goes by row blocks") };
-        let eps = model.config.rms_norm_eps;
         self.qkv_proj.forward_into(&stream.get(1)?, &pass.qkv)?;
         let mut context = attend(pass)?; // [N, H·D]
 

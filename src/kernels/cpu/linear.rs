@@ -145,7 +145,7 @@ impl CustomOp2 for Product {
         packed: &CpuStorage,
         packed_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (rows, _) = self.check(x_layout, packed_layout)?;
+        let (rows, _) = x_layout.shape().dims2()?;
         let mut output = vec![0f32; rows * self.outputs];
         self.run((x, x_layout), (packed, packed_layout), &mut output)?;
         Ok((CpuStorage::F32(output), Shape::from((rows, self.outputs))))
@@ -167,7 +167,7 @@ impl InplaceOp3 for Product {
         packed_layout: &Layout,
     ) -> Result<()> {
         let (x, packed) = ((x, x_layout), (packed, packed_layout));
-        let (rows, _) = self.check(x.1, packed.1)?;
+        let (rows, _) = x.1.shape().dims2()?;
         if layout.dims() != [rows, self.outputs] {
             bail!("packed linear: {rows} rows do not go to {:?}", layout.dims());
         }
@@ -180,18 +180,9 @@ impl Product {
         Self { outputs, epilogue, arithmetic, level: Level::best(), half_unit: HalfUnit::best() }
     }
 
-    /// Rows and depth, if the shapes go together.
-    fn check(&self, x: &Layout, packed: &Layout) -> Result<(usize, usize)> {
-        match (x.dims(), packed.dims()) {
-            (&[rows, depth], &[_, inputs, _]) if self.packed_inputs(depth) == inputs && depth > 0 => Ok((rows, depth)),
-            (x, packed) => bail!("packed linear: {x:?} does not go with {packed:?} of {} outputs", self.outputs),
-        }
-    }
-
     fn run(&self, x: (&CpuStorage, &Layout), packed: (&CpuStorage, &Layout), output: &mut [f32]) -> Result<()> {
-        let (_, depth) = self.check(x.1, packed.1)?;
-        let x = contiguous(x.0, x.1, "packed linear")?;
-        self.with(packed, depth)?.run(x, output);
+        let product = self.with(packed, x.1.shape().dims2()?.1)?;
+        product.run(contiguous(x.0, x.1, "packed linear")?, output);
         Ok(())
     }
 
@@ -278,14 +269,14 @@ thread_local! {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use candle_core::{DType, Device};
 
     use super::*;
     use crate::kernels::{pack_gate_up, pack_linear};
 
     /// Uniform values in [-1, 1) that depend on the seed only.
-    fn random(rows: usize, columns: usize, seed: u64) -> Tensor {
+    pub(in crate::kernels::cpu) fn random(rows: usize, columns: usize, seed: u64) -> Tensor {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let mut next = || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

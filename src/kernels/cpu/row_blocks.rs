@@ -304,6 +304,7 @@ mod tests {
     use candle_core::{DType, Device};
 
     use super::*;
+    use crate::kernels::cpu::linear::tests::random;
     use crate::kernels::cpu::{
         Arithmetic, add_rms_norm, pack_gate_up, pack_linear, packed_linear, packed_swiglu_into, rms_norm,
         rotary_embedding,
@@ -313,17 +314,6 @@ mod tests {
     const HIDDEN: usize = 40;
     const INTERMEDIATE: usize = 70;
     const EPS: f64 = 1e-5;
-
-    /// Uniform values in [-1, 1) that depend on the seed only.
-    fn random(rows: usize, columns: usize, seed: u64) -> Tensor {
-        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        let mut next = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-        };
-        let values: Vec<f32> = (0..rows * columns).map(|_| next()).collect();
-        Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap()
-    }
 
     struct Weights {
         arithmetic: Arithmetic,
